@@ -1,0 +1,55 @@
+"""Tensor parallelism for the attention output projection across data-parallel ranks of vLLM.
+
+Set `OPROJ_TENSOR_PARALLEL_SIZE=N` and start vLLM, or `import oproj_patch` before it builds
+its model. While the toggle is off nothing but this module and `_version` is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .api import Status, disable, enable, status
+    from .errors import OprojError, OprojValueError
+
+__all__ = [
+    "OprojError",
+    "OprojValueError",
+    "Status",
+    "__version__",
+    "disable",
+    "enable",
+    "status",
+]
+
+_ERRORS = ("OprojError", "OprojValueError")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import api, errors
+
+    return getattr(errors if name in _ERRORS else api, name)
+
+
+def plugin() -> None:
+    """Entry point `vllm.general_plugins: oproj_patch`; vLLM calls it in every process."""
+    if _asked_for():
+        from . import api
+
+        api.activate()
+
+
+def _asked_for() -> bool:
+    # Settled without settings.py: off must cost nothing, and dataclasses alone costs 5 ms.
+    return os.environ.get("OPROJ_TENSOR_PARALLEL_SIZE", "").strip() not in ("", "0", "1")
+
+
+if _asked_for():
+    from . import api as _api
+
+    _api.activate()

@@ -1,0 +1,215 @@
+"""Activation and the programmatic interface.
+
+Activation is two steps. First, whenever the package is imported or its entry point is
+called, only `parallel_state.init_model_parallel_group` gets a hook. Then, when vLLM creates
+its groups, the hook installs every seam: by then the host has applied its own patches, all
+its modules can be imported, and processes that never build a model stay untouched.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from . import hosts
+from . import settings as settings_module
+from .errors import OprojError
+from .seams.registry import Installed, install, undo
+from .settings import TOGGLE, Settings
+
+PARALLEL_STATE = "vllm.distributed.parallel_state"
+HOOKED = "init_model_parallel_group"
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is active in this process.
+
+    enabled: the toggle is on here; size: the otp group size, 0 when off or not yet known.
+    versions: host name -> version, once seams are installed; seams: patched symbols.
+    otp_ranks: global ranks of this process's otp group; layers: sharded layers.
+    bytes_kept, bytes_saved: bytes of their parameters on this rank, and what it would hold
+        in addition without the shim.
+    exchanges: exchanges run so far (a graph replay is not counted).
+    """
+
+    enabled: bool
+    size: int
+    versions: dict[str, str]
+    seams: tuple[str, ...]
+    otp_ranks: tuple[int, ...]
+    layers: int
+    bytes_kept: int
+    bytes_saved: int
+    exchanges: int
+
+
+@dataclass
+class _State:
+    settings: Settings = field(default_factory=Settings)
+    hook: tuple[Any, Any] | None = None
+    waiting: bool = False
+    versions: dict[str, str] | None = None
+    installed: list[Installed] | None = None
+    undo_environment: Callable[[], None] | None = None
+
+
+_state = _State()
+
+
+def activate() -> None:
+    """Do what the environment asks for. Idempotent; off is a no-op.
+
+    Raises OprojValueError when a variable is not understood, OprojError when the toggle was
+    changed while sharded layers exist.
+    """
+    wanted = settings_module.read()
+    if wanted == _state.settings:
+        return
+    _refuse_while_sharded(f"{TOGGLE} changed")
+    if not wanted.enabled:
+        _withdraw()
+        return
+    _withdraw()
+    _state.settings = wanted
+    _state.undo_environment = hosts.let_children_load_us(os.environ)
+    if PARALLEL_STATE in sys.modules:
+        _hook(sys.modules[PARALLEL_STATE])
+    elif not _state.waiting:
+        import wrapt
+
+        wrapt.register_post_import_hook(_hook, PARALLEL_STATE)
+        _state.waiting = True
+
+
+def enable(size: int | str | None = None) -> None:
+    """Turn the shim on in this process and in those it starts.
+
+    size: the group size or "auto", written to the toggle; None keeps the toggle as it is.
+    Raises OprojValueError when the size is not understood, OprojError when sharded layers of
+    another size exist.
+    """
+    if size is not None:
+        settings_module.parse_size(str(size))
+        before = os.environ.get(TOGGLE)
+        os.environ[TOGGLE] = str(size)
+        try:
+            activate()
+        except OprojError:
+            _restore(before)
+            raise
+        return
+    activate()
+
+
+def disable() -> None:
+    """Undo everything: vLLM's attributes are the originals again, the toggle is unset.
+
+    Raises OprojError while sharded layers exist in this process.
+    """
+    _refuse_while_sharded("disable() was called")
+    _restore(None)
+    _withdraw()
+
+
+def status() -> Status:
+    """What is active in this process. Imports nothing."""
+    otp_group = sys.modules.get(f"{__package__}.otp_group")
+    group = otp_group.current() if otp_group is not None else None
+    kept = saved = 0
+    if group is not None:
+        from . import row_parallel
+
+        kept, saved = row_parallel.totals(group)
+    return Status(
+        enabled=_state.settings.enabled,
+        size=group.size if group is not None else _state.settings.size,
+        versions=dict(_state.versions or {}),
+        seams=tuple(entry.seam.symbol for entry in _state.installed or ()),
+        otp_ranks=tuple(group.ranks) if group is not None else (),
+        layers=len(group.layers) if group is not None else 0,
+        bytes_kept=kept,
+        bytes_saved=saved,
+        exchanges=group.exchanges if group is not None else 0,
+    )
+
+
+def _hook(parallel_state: Any) -> None:
+    """Hook group creation. Called now, or by wrapt when the module has been imported."""
+    _state.waiting = False
+    if not _state.settings.enabled or _state.hook is not None or _state.installed is not None:
+        return
+    import wrapt
+
+    original = getattr(parallel_state, HOOKED, None)
+    if original is None:
+        raise OprojError(
+            "OPROJ008",
+            f"{PARALLEL_STATE}.{HOOKED} of vLLM {hosts.vllm_version()} cannot be found; "
+            "oproj_patch needs it to create the otp group: install a supported release, or "
+            f"unset {TOGGLE}.",
+        )
+    _state.hook = (parallel_state, original)
+    setattr(parallel_state, HOOKED, wrapt.FunctionWrapper(original, _first_group))
+
+
+def _first_group(_: Any, __: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """vLLM creates its first group: install every seam, then let it go on."""
+    _install()
+    return getattr(sys.modules[PARALLEL_STATE], HOOKED)(*args, **kwargs)
+
+
+def _install() -> None:
+    host = hosts.detect()
+    settings = _state.settings
+    host.check_version(settings)
+    if settings.auto:
+        settings = replace(settings, size=host.configured_size())
+    hook = _state.hook
+    _remove_hook()
+    try:
+        _state.installed = install(host.seams(settings), str(host))
+    except BaseException:
+        # Whoever goes on regardless must be refused again, not served unsharded.
+        if hook is not None:
+            _hook(hook[0])
+        raise
+    _state.versions = host.versions
+
+
+def _remove_hook() -> None:
+    if _state.hook is not None:
+        parallel_state, original = _state.hook
+        setattr(parallel_state, HOOKED, original)
+        _state.hook = None
+
+
+def _withdraw() -> None:
+    """Back to off: seams, hook and environment as they were."""
+    if _state.installed is not None:
+        undo(_state.installed)
+    _remove_hook()
+    if _state.undo_environment is not None:
+        _state.undo_environment()
+    _state.settings = Settings()
+    _state.versions = _state.installed = _state.undo_environment = None
+
+
+def _restore(toggle: str | None) -> None:
+    if toggle is None:
+        os.environ.pop(TOGGLE, None)
+    else:
+        os.environ[TOGGLE] = toggle
+
+
+def _refuse_while_sharded(what: str) -> None:
+    now = status()
+    if now.layers:
+        raise OprojError(
+            "OPROJ010",
+            f"{what} while {now.layers} o_proj layers are sharded {now.size}-way in this process "
+            f"(it now reads {os.environ.get(TOGGLE, '')!r}): shut the engine down first.",
+        )

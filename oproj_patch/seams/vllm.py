@@ -1,0 +1,178 @@
+"""The seams in vLLM, the same five in every supported release.
+
+Nothing that torch.compile traces is wrapped: Dynamo follows a wrapt wrapper into the
+original and drops it without a word. What is traced is the sharded class of `row_parallel`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from typing import Any
+
+from .. import otp_group, refusals, row_parallel
+from .._version import __version__
+from ..otp_group import OtpGroup
+from ..row_counts import Counts, HostForward
+from ..settings import Settings
+from .registry import Seam
+
+LINEAR = "vllm.model_executor.layers.linear"
+STATE = "vllm.distributed.parallel_state"
+DEEPSEEK = "vllm.model_executor.models.deepseek_v2"
+LOADER = "vllm.model_executor.model_loader.base_loader"
+
+
+class Forward(HostForward):
+    """What upstream vLLM tells about a forward pass."""
+
+    def context(self) -> Any:
+        from vllm import forward_context
+
+        return forward_context._forward_context
+
+    def announced(self, group: OtpGroup) -> Counts | None:
+        """Synchronised counts of `ForwardContext.dp_metadata`, read from vLLM 0.11 to 0.32."""
+        context = self.context()
+        metadata = getattr(context, "dp_metadata", None)
+        counts = getattr(metadata, "num_tokens_across_dp_cpu", None)
+        if counts is None:
+            return None
+        return tuple(counts[group.dp_start : group.dp_start + group.size].tolist())
+
+    def seal(self, group: OtpGroup) -> None:
+        from vllm.logger import init_logger
+
+        otp_group.seal(group)
+        # Only loggers below "vllm" have vLLM's handlers and format.
+        init_logger("vllm.oproj_patch").info(row_parallel.summary(group))
+
+
+def seams(settings: Settings, versions: dict[str, str]) -> tuple[Seam, ...]:
+    """The registry for upstream vLLM under `settings`; `versions` go into the hand-shake."""
+    host = Forward()
+
+    def group_created(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+        given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+        if given.get("group_name") != "dp":
+            if given.get("group_name") == "tp":
+                tp_groups[:] = given["group_ranks"]
+            return wrapped(*args, **kwargs)
+        refusals.check(_vllm_config(), settings, given["group_ranks"])
+        dp_group = wrapped(*args, **kwargs)
+        otp_group.create(given["group_ranks"], tp_groups, given["backend"], settings, versions)
+        _destroy_together(dp_group)
+        return dp_group
+
+    tp_groups: list[list[int]] = []
+
+    def linear_constructed(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
+        prefix = inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("prefix", "")
+        if isinstance(instance, row_parallel.ShardedMixin) or not row_parallel.is_o_proj(prefix):
+            wrapped(*args, **kwargs)
+            return
+        from vllm.distributed import parallel_state
+
+        group = otp_group.require(prefix)
+        row_parallel.construct(wrapped, instance, args, kwargs, group, parallel_state, host)
+
+    def attention_constructed(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
+        wrapped(*args, **kwargs)
+        prefix = inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("prefix", "")
+        row_parallel.require_sharded(instance, prefix)
+
+    def model_built(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+        model = wrapped(*args, **kwargs)
+        group = otp_group.require("the model")
+        row_parallel.check_model(model, group)
+        return model
+
+    def config_hashed(wrapped: Any, _: Any, args: Any, kwargs: Any) -> str:
+        digest: str = wrapped(*args, **kwargs)
+        salted = f"{digest}/oproj_patch/{__version__}/{settings.size}"
+        return hashlib.sha256(salted.encode()).hexdigest()[: len(digest)]
+
+    def attention(name: str, optional: bool = False) -> Seam:
+        return Seam(
+            module=DEEPSEEK,
+            path=f"{name}.__init__",
+            wrapper=attention_constructed,
+            parameters=("prefix",),
+            why="Check that DeepSeek's attention got a sharded o_proj.",
+            lower="Only the attention knows which of its layers is the o_proj, whatever class "
+            "the host chose for it.",
+            unpatched="A host's own o_proj class would silently keep the whole weight.",
+            upstream="model_executor/models/deepseek_v2.py, 0.9.1 to 0.32.0",
+            remove="vLLM offers o_proj tensor parallelism itself.",
+            optional=optional,
+        )
+
+    return (
+        Seam(
+            module=STATE,
+            path="init_model_parallel_group",
+            wrapper=group_created,
+            parameters=("group_ranks", "backend", "group_name"),
+            why="Create the otp group where vLLM creates its data-parallel group.",
+            lower="Every caller of initialize_model_parallel comes through it, and it is given "
+            "the rank lists of the whole world for whatever layout the release has.",
+            unpatched="There is no otp group: the first o_proj raises.",
+            upstream="distributed/parallel_state.py, 0.9.1 to 0.32.0",
+            remove="vLLM has a hook for additional groups.",
+        ),
+        Seam(
+            module=LINEAR,
+            path="RowParallelLinear.__init__",
+            wrapper=linear_constructed,
+            parameters=("input_size", "output_size", "quant_config", "prefix"),
+            why="Make an o_proj a sharded layer before its weights exist.",
+            lower="weight_loader and forward are looked up on the instance's class, so the class "
+            "is exchanged; wrapping them on RowParallelLinear would touch every layer and would "
+            "be traced through by torch.compile.",
+            unpatched="Every rank keeps the whole weight.",
+            upstream="model_executor/layers/linear.py, 0.9.1 to 0.32.0",
+            remove="vLLM offers o_proj tensor parallelism itself.",
+        ),
+        attention("DeepseekV2MLAAttention"),
+        attention("DeepseekV2Attention"),
+        Seam(
+            module=LOADER,
+            path="initialize_model",
+            wrapper=model_built,
+            parameters=("vllm_config",),
+            why="Refuse a model in which no o_proj, or something else, was sharded.",
+            lower="Between construction and loading no other call is made by every loader.",
+            unpatched="A model without a matching layer would run unsharded without a word.",
+            upstream="model_executor/model_loader/base_loader.py, 0.9.1 to 0.32.0",
+            remove="Never while layers are recognised by name.",
+        ),
+        Seam(
+            module="vllm.config",
+            path="VllmConfig.compute_hash",
+            wrapper=config_hashed,
+            parameters=("self",),
+            why="Give compiled graphs of each toggle setting their own cache key.",
+            lower="Every cache (torch.compile, AOT) takes its key from it; environment variables "
+            "of ours do not enter it.",
+            unpatched="A warm cache of the other setting is loaded: wrong tokens, no error.",
+            upstream="config.py (VllmConfig), 0.9.1 to 0.32.0",
+            remove="vLLM lets plugins contribute to the hash.",
+        ),
+    )
+
+
+def _vllm_config() -> Any:
+    from vllm.config import get_current_vllm_config
+
+    return get_current_vllm_config()
+
+
+def _destroy_together(dp_group: Any) -> None:
+    """Destroy the otp group with vLLM's own: whoever destroys groups calls this object."""
+    original = dp_group.destroy
+
+    def destroy() -> None:
+        otp_group.destroy()
+        original()
+
+    dp_group.destroy = destroy

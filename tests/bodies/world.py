@@ -1,0 +1,54 @@
+"""In a rank: vLLM's real groups over gloo, without an engine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+
+def moe_model_config() -> Any:
+    """What the shim reads of a ModelConfig: that the ranks run in lock step."""
+    return SimpleNamespace(is_moe=True, model="a mixture-of-experts model")
+
+
+@contextlib.contextmanager
+def groups(dp: int, tp: int = 1, pp: int = 1, moe: bool = True) -> Iterator[Any]:
+    """vLLM's configuration and groups for WORLD_SIZE ranks; destroyed on the way out."""
+    from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    config = VllmConfig()
+    config.parallel_config = ParallelConfig()
+    parallel = config.parallel_config
+    parallel.data_parallel_size = dp
+    parallel.tensor_parallel_size = tp
+    parallel.pipeline_parallel_size = pp
+    parallel.data_parallel_rank = rank // (tp * pp) % dp
+    config.additional_config = {}
+    parallel_state.init_distributed_environment(
+        world_size=world,
+        rank=rank,
+        distributed_init_method="tcp://127.0.0.1:" + os.environ["MASTER_PORT"],
+        local_rank=rank,
+        backend="gloo",
+    )
+    with set_current_vllm_config(config):
+        try:
+            parallel_state.initialize_model_parallel(tp, pp)
+            yield config
+        finally:
+            parallel_state.destroy_model_parallel()
+            parallel_state.destroy_distributed_environment()
+
+
+def whole(out_features: int, in_features: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """A full weight [out, in], the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_features, in_features, generator=generator, dtype=torch.float32)
+    return (weight / in_features**0.5).to(dtype)
