@@ -23,6 +23,7 @@ CODES: dict[str, str] = {
     "OPROJ015": "a feature that cannot be combined with a sharded o_proj is configured",
     "OPROJ016": "the host's built-in o_proj sharding is configured as well",
     "OPROJ017": "`auto` was asked for but the host's configuration names no size",
+    "OPROJ018": "the command line was given something it cannot use",
 }
 
 

@@ -115,9 +115,8 @@ def require_sharded(owner: Any, prefix: str) -> None:
 
 
 def check_model(model: Any, group: OtpGroup) -> None:
-    """Raise OprojError unless the model has sharded layers, each a decoder's self-attention."""
-    mine = [name for name, module in model.named_modules() if isinstance(module, ShardedMixin)]
-    if not mine:
+    """Raise OprojError when neither `model` nor one built before it has a sharded layer."""
+    if not group.layers:
         raise OprojError(
             "OPROJ007",
             f"{TOGGLE} is {group.size}, but {type(model).__name__} has no self-attention o_proj "

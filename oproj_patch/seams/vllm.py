@@ -140,7 +140,7 @@ def seams(settings: Settings, versions: dict[str, str]) -> tuple[Seam, ...]:
             path="initialize_model",
             wrapper=model_built,
             parameters=("vllm_config",),
-            why="Refuse a model in which no o_proj, or something else, was sharded.",
+            why="Refuse a model in which no o_proj was sharded.",
             lower="Between construction and loading no other call is made by every loader.",
             unpatched="A model without a matching layer would run unsharded without a word.",
             upstream="model_executor/model_loader/base_loader.py, 0.9.1 to 0.32.0",

@@ -23,6 +23,8 @@ def groups(dp: int, tp: int = 1, pp: int = 1, moe: bool = True) -> Iterator[Any]
     from vllm.distributed import parallel_state
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # The CPU executor sets it; vLLM names its shared memory by it.
+    os.environ.setdefault("VLLM_DIST_IDENT", os.environ["MASTER_PORT"])
     config = VllmConfig()
     config.parallel_config = ParallelConfig()
     parallel = config.parallel_config

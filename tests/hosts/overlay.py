@@ -43,6 +43,7 @@ _PINS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("0.10.0", "0.18.0", ("transformers==4.57.1", "tokenizers==0.22.1")),
     ("0.9.1", "0.18.0", ("huggingface-hub==0.36.0",)),
     ("0.9.1", "0.23.0", ("gguf==0.17.1",)),
+    ("0.10.2", "0.11.0", ("frozendict==2.4.6",)),
 )
 # Requirements which vLLM's own metadata pins and which are pure Python.
 _PINNED_BY_VLLM = ("compressed-tensors", "diskcache")
