@@ -39,9 +39,10 @@ def __getattr__(name: str) -> Any:
 def plugin() -> None:
     """Entry point `vllm.general_plugins: oproj_patch`; vLLM calls it in every process."""
     if _asked_for():
-        from . import api
+        from . import api, hosts
 
         api.activate()
+        hosts.let_ray_copy_our_variables(os.environ)
 
 
 def _asked_for() -> bool:

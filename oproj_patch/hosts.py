@@ -14,6 +14,7 @@ from .seams.registry import Seam
 from .settings import SKIP_VERSION_CHECK, TOGGLE, VARIABLES, Settings
 
 PLUGIN = "oproj_patch"
+RAY_EXTRA = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
 
 @dataclass(frozen=True)
@@ -117,33 +118,35 @@ def vllm_version() -> str:
 
 
 def let_children_load_us(environ: MutableMapping[str, str]) -> Callable[[], None]:
-    """Make vLLM's child processes load the plugin and see our variables; returns the undo.
-
-    `VLLM_PLUGINS` filters plugins by name, and Ray workers get only variables vLLM is told
-    to copy (vLLM 0.18 and newer read `VLLM_RAY_EXTRA_ENV_VARS_TO_COPY`).
-    """
-    before: dict[str, str | None] = {}
-
-    def extend(name: str, values: tuple[str, ...]) -> None:
-        present = [part for part in environ.get(name, "").split(",") if part]
-        missing = [value for value in values if value not in present]
-        if missing:
-            before[name] = environ.get(name)
-            environ[name] = ",".join(present + missing)
-
+    """Add us to `VLLM_PLUGINS`, which filters plugins by name, if it is set; returns the undo."""
+    before = environ.get("VLLM_PLUGINS")
     # Empty means "no plugin at all", which is a filter too.
-    if "VLLM_PLUGINS" in environ:
-        extend("VLLM_PLUGINS", (PLUGIN,))
-    extend("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", VARIABLES)
+    if before is None or PLUGIN in before.split(","):
+        return lambda: None
+    environ["VLLM_PLUGINS"] = ",".join([*filter(None, before.split(",")), PLUGIN])
 
     def undo() -> None:
-        for name, value in before.items():
-            if value is None:
-                environ.pop(name, None)
-            else:
-                environ[name] = value
+        environ["VLLM_PLUGINS"] = before
 
     return undo
+
+
+def let_ray_copy_our_variables(environ: MutableMapping[str, str]) -> None:
+    """Make vLLM copy our variables to Ray workers. Called by vLLM, from its plugin loader.
+
+    vLLM copies what its platform names in `additional_env_vars` (0.9.1 to 0.18) or
+    what `VLLM_RAY_EXTRA_ENV_VARS_TO_COPY` names (since 0.17; older ones do not know it).
+    """
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    if RAY_EXTRA in envs.environment_variables:
+        present = list(filter(None, environ.get(RAY_EXTRA, "").split(",")))
+        missing = [name for name in VARIABLES if name not in present]
+        environ[RAY_EXTRA] = ",".join(present + missing)
+    names = getattr(current_platform, "additional_env_vars", None)
+    if isinstance(names, list):
+        names.extend(name for name in VARIABLES if name not in names)
 
 
 def _distribution(*names: str) -> str | None:

