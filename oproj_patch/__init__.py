@@ -7,6 +7,7 @@ its model. While the toggle is off nothing but this module and `_version` is imp
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
@@ -50,7 +51,17 @@ def _asked_for() -> bool:
     return os.environ.get("OPROJ_TENSOR_PARALLEL_SIZE", "").strip() not in ("", "0", "1")
 
 
-if _asked_for():
+def _command_line() -> bool:
+    # `oproj-patch` builds no model, and shows the environment as vLLM would find it.
+    script = os.path.basename(sys.argv[0]) if sys.argv else ""  # noqa: PTH119
+    if script == "-m":  # so it is while runpy imports the package of the module to run
+        options = [part.startswith("-") and part.endswith("m") for part in sys.orig_argv]
+        module = sys.orig_argv[options.index(True) + 1] if True in options else ""
+        return module.partition(".")[0] == __name__
+    return script.startswith("oproj-patch")
+
+
+if _asked_for() and not _command_line():
     from . import api as _api
 
     _api.activate()

@@ -17,10 +17,14 @@ from typing import Any
 from . import hosts
 from . import settings as settings_module
 from .errors import OprojError
+from .releases import VLLM_RELEASES
 from .seams.registry import Installed, install, undo
 from .settings import TOGGLE, Settings
 
 PARALLEL_STATE = "vllm.distributed.parallel_state"
+# It copies the names of PARALLEL_STATE while it is imported: hook after that, or the copy
+# would keep the hook for ever.
+HOOK_AFTER = "vllm.distributed"
 HOOKED = "init_model_parallel_group"
 
 
@@ -50,6 +54,7 @@ class Status:
 @dataclass
 class _State:
     settings: Settings = field(default_factory=Settings)
+    refusal: OprojError | None = None
     hook: tuple[Any, Any] | None = None
     waiting: bool = False
     versions: dict[str, str] | None = None
@@ -66,8 +71,14 @@ def activate() -> None:
     Raises OprojValueError when a variable is not understood, OprojError when the toggle was
     changed while sharded layers exist.
     """
-    wanted = settings_module.read()
-    if wanted == _state.settings:
+    try:
+        wanted = settings_module.read()
+    except OprojError as error:
+        # vLLM logs what a plugin raises while it is loaded, and goes on without the plugin.
+        _state.refusal = error
+        _hook_group_creation()
+        raise
+    if wanted == _state.settings and _state.refusal is None:
         return
     _refuse_while_sharded(f"{TOGGLE} changed")
     if not wanted.enabled:
@@ -76,13 +87,7 @@ def activate() -> None:
     _withdraw()
     _state.settings = wanted
     _state.undo_environment = hosts.let_children_load_us(os.environ)
-    if PARALLEL_STATE in sys.modules:
-        _hook(sys.modules[PARALLEL_STATE])
-    elif not _state.waiting:
-        import wrapt
-
-        wrapt.register_post_import_hook(_hook, PARALLEL_STATE)
-        _state.waiting = True
+    _hook_group_creation()
 
 
 def enable(size: int | str | None = None) -> None:
@@ -137,20 +142,32 @@ def status() -> Status:
     )
 
 
-def _hook(parallel_state: Any) -> None:
-    """Hook group creation. Called now, or by wrapt when the module has been imported."""
+def _hook_group_creation() -> None:
+    if HOOK_AFTER in sys.modules:
+        _hook(sys.modules[HOOK_AFTER])
+    elif not _state.waiting:
+        import wrapt
+
+        wrapt.register_post_import_hook(_hook, HOOK_AFTER)
+        _state.waiting = True
+
+
+def _hook(_: Any) -> None:
+    """Hook group creation. Called now, or by wrapt when vLLM's module has been imported."""
     _state.waiting = False
-    if not _state.settings.enabled or _state.hook is not None or _state.installed is not None:
+    wanted = _state.settings.enabled or _state.refusal is not None
+    if not wanted or _state.hook is not None or _state.installed is not None:
         return
     import wrapt
 
+    parallel_state = sys.modules[PARALLEL_STATE]
     original = getattr(parallel_state, HOOKED, None)
     if original is None:
         raise OprojError(
             "OPROJ008",
             f"{PARALLEL_STATE}.{HOOKED} of vLLM {hosts.vllm_version()} cannot be found; "
-            "oproj_patch needs it to create the otp group: install a supported release, or "
-            f"unset {TOGGLE}.",
+            "oproj_patch needs it to create the otp group: install a supported release "
+            f"({VLLM_RELEASES[0]} to {VLLM_RELEASES[-1]}), or unset {TOGGLE}.",
         )
     _state.hook = (parallel_state, original)
     setattr(parallel_state, HOOKED, wrapt.FunctionWrapper(original, _first_group))
@@ -158,7 +175,10 @@ def _hook(parallel_state: Any) -> None:
 
 def _first_group(_: Any, __: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """vLLM creates its first group: install every seam, then let it go on."""
-    _install()
+    if _state.refusal is not None:
+        raise _state.refusal
+    if _state.hook is not None:  # else called through a copy of the hook, made by an import
+        _install()
     return getattr(sys.modules[PARALLEL_STATE], HOOKED)(*args, **kwargs)
 
 
@@ -175,7 +195,7 @@ def _install() -> None:
     except BaseException:
         # Whoever goes on regardless must be refused again, not served unsharded.
         if hook is not None:
-            _hook(hook[0])
+            _hook_group_creation()
         raise
     _state.versions = host.versions
 
@@ -195,6 +215,7 @@ def _withdraw() -> None:
     if _state.undo_environment is not None:
         _state.undo_environment()
     _state.settings = Settings()
+    _state.refusal = None
     _state.versions = _state.installed = _state.undo_environment = None
 
 

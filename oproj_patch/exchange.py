@@ -5,53 +5,103 @@ each rank before the exchange (all heads of this tensor-parallel rank):
 
     x_i [T_i, K] --exchange--> [sum(T), K/N] --GEMM--> [sum(T), hidden] --return--> [T_i, hidden]
 
-Both ways are one all-to-all. The return sums the N partial results of a row locally in
+Both ways are an all-to-all. The return sums the N partial results of a row locally in
 float32: it sends what a reduce-scatter sends, in one hop, rounds once, and takes unequal rows.
+
+On gloo the all-to-all is written as sends and receives between pairs: a rank's own chunk then
+takes no detour, and small messages need no hand-over to a worker thread. Elsewhere it is one
+collective call, which a device graph can capture and replay on padded, equal rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from . import row_counts
+from . import handshake, otp_group, row_counts
 from .errors import OprojError
 from .otp_group import OtpGroup
+from .row_counts import Counts
 
 Gemm = Callable[[torch.Tensor], torch.Tensor]
 
+# Larger buffers are not kept between calls: three such are what the shim may hold for itself.
+SCRATCH_BYTES = 64 << 20
+# Elements summed at a time on a CPU: the float32 accumulator then stays in its cache.
+SUM_ELEMENTS = 1 << 18
 
-def rows_out(x: torch.Tensor, counts: row_counts.Counts, group: OtpGroup) -> torch.Tensor:
-    """Exchange: x [T_i, K] -> [sum(T), K/N], rows ordered by owner; same dtype."""
+
+def rows_out(x: torch.Tensor, counts: Counts, group: OtpGroup) -> torch.Tensor:
+    """Exchange: x [T_i, K] -> [sum(T), K/N], rows ordered by owner; same dtype.
+
+    On a CPU the result is valid until the group's next exchange.
+    """
     n = group.size
     rows, columns = x.shape
     chunk = columns // n
-    send = x.view(rows, n, chunk).transpose(0, 1).contiguous().view(n * rows, chunk)
-    received = x.new_empty((sum(counts), chunk))
-    _all_to_all(received, send, counts, (rows,) * n, group)
+    chunks = x.view(rows, n, chunk).transpose(0, 1)
+    received = _empty("received", (sum(counts), chunk), x, group)
+    if not group.pairwise:
+        send = chunks.contiguous().view(n * rows, chunk)
+        _all_to_all(received, send, counts, (rows,) * n, group)
+        return received
+    parts = received.split(counts)
+    outgoing = _empty("outgoing", (n - 1, rows, chunk), x, group)
+    pending = _receive(parts, group)
+    for block, peer in zip(outgoing, _peers(group), strict=True):
+        pending += _send(block.copy_(chunks[peer]), peer, group)
+    parts[group.rank].copy_(chunks[group.rank])
+    _wait(pending)
     return received
 
 
-def partials_back(
-    partial: torch.Tensor, counts: row_counts.Counts, group: OtpGroup
-) -> torch.Tensor:
+def partials_back(partial: torch.Tensor, counts: Counts, group: OtpGroup) -> torch.Tensor:
     """Return: partial [sum(T), hidden] -> [T_i, hidden], each row summed over the group."""
     n = group.size
     rows = counts[group.rank]
     hidden = partial.shape[1]
-    received = partial.new_empty((n * rows, hidden))
-    _all_to_all(received, partial.contiguous(), (rows,) * n, counts, group)
-    return received.view(n, rows, hidden).sum(0, dtype=torch.float32).to(partial.dtype)
+    received = _empty("returned", (n, rows, hidden), partial, group)
+    if not group.pairwise:
+        flat = received.view(n * rows, hidden)
+        _all_to_all(flat, partial.contiguous(), (rows,) * n, counts, group)
+        return sum_of(received.unbind())
+    mine = partial.contiguous().split(counts)
+    theirs = list(received)
+    theirs[group.rank] = mine[group.rank]
+    pending = _receive(theirs, group)
+    for peer in _peers(group):
+        pending += _send(mine[peer], peer, group)
+    _wait(pending)
+    return sum_of(theirs)
+
+
+def sum_of(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum of N tensors [rows, hidden], accumulated in float32 and rounded once."""
+    first, *others = parts
+    if len(others) == 1:
+        return torch.add(first, others[0])
+    if first.device.type != "cpu":
+        return torch.stack(list(parts)).sum(0, dtype=torch.float32).to(first.dtype)
+    # Reducing 16-bit floats over the outer dimension is an order of magnitude slower there.
+    output = torch.empty_like(first)
+    step = max(1, SUM_ELEMENTS // max(1, first.shape[1]))
+    for start in range(0, first.shape[0], step):
+        total = first[start : start + step].to(torch.float32, copy=True)
+        for other in others:
+            total += other[start : start + step]
+        output[start : start + step] = total
+    return output
 
 
 def _all_to_all(
     output: torch.Tensor,
     input_: torch.Tensor,
-    output_rows: row_counts.Counts,
-    input_rows: row_counts.Counts,
+    output_rows: Counts,
+    input_rows: Counts,
     group: OtpGroup,
 ) -> None:
     if output_rows == input_rows and len(set(output_rows)) == 1:
@@ -61,6 +111,48 @@ def _all_to_all(
     dist.all_to_all_single(
         output, input_, list(output_rows), list(input_rows), group=group.device_group
     )
+
+
+def _peers(group: OtpGroup) -> list[int]:
+    """The other ranks of the group; every rank begins with its right-hand neighbour."""
+    return [(group.rank + step) % group.size for step in range(1, group.size)]
+
+
+def _receive(parts: Sequence[torch.Tensor], group: OtpGroup) -> list[Any]:
+    """Begin to receive `parts[peer]`; a part without rows is not sent either."""
+    return [
+        dist.irecv(parts[peer], group=group.device_group, group_src=peer)
+        for peer in _peers(group)
+        if parts[peer].numel()
+    ]
+
+
+def _send(part: torch.Tensor, peer: int, group: OtpGroup) -> list[Any]:
+    if not part.numel():
+        return []
+    return [dist.isend(part, group=group.device_group, group_dst=peer)]
+
+
+def _wait(pending: Sequence[Any]) -> None:
+    for work in pending:
+        work.wait()
+
+
+def _empty(role: str, shape: tuple[int, ...], like: torch.Tensor, group: OtpGroup) -> torch.Tensor:
+    """An uninitialised tensor of `like`'s dtype; on a CPU in memory that all layers share.
+
+    The allocators of devices reuse memory themselves and give a captured graph its own; a
+    CPU's gives large blocks back to the system and pays a page fault for each 4 KiB again.
+    """
+    size = math.prod(shape)
+    if like.device.type != "cpu" or size * like.element_size() > SCRATCH_BYTES:
+        return like.new_empty(shape)
+    kept = group.scratch.get((role, like.dtype))
+    if kept is None or kept.numel() < size:
+        # Written to in and out of inference mode, so not an inference tensor.
+        with torch.inference_mode(False):
+            kept = group.scratch[role, like.dtype] = torch.empty(size, dtype=like.dtype)
+    return kept[:size].view(shape)
 
 
 def run(
@@ -77,28 +169,85 @@ def run(
     Raises OprojError when row counts or, in debug mode, the ranks' places differ.
     """
     rows = x.reshape(-1, x.shape[-1])
-    counts = row_counts.across_group(rows.shape[0], group, host)
     if group.settings.debug:
-        _compare_places(name, rows.shape[0], counts, group)
+        _compare_places(name, rows.shape[0], group, host)
+    counts = row_counts.across_group(rows.shape[0], group, host, name)
     group.exchanges += 1
     output = partials_back(gemm(rows_out(rows, counts, group)), counts, group)
     return output.view(*x.shape[:-1], hidden)
 
 
-def _compare_places(name: str, rows: int, counts: row_counts.Counts, group: OtpGroup) -> None:
-    """Debug mode: every rank stands before the same exchange of the same layer, or raise."""
+def run_traced(x: torch.Tensor, hidden: int, gemm: Gemm, group: OtpGroup) -> torch.Tensor:
+    """`run` for a graph compiler that has no use for our op: equal rows, plain collectives.
+
+    x [T, K] -> [T, hidden]; every rank of the group has T rows.
+    """
+    n = group.size
+    rows, columns = x.shape
+    send = x.view(rows, n, columns // n).transpose(0, 1).reshape(n * rows, columns // n)
+    received = torch.empty_like(send)
+    dist.all_to_all_single(received, send, group=group.device_group)
+    partial = gemm(received)
+    back = torch.empty_like(partial)
+    dist.all_to_all_single(back, partial, group=group.device_group)
+    return back.view(n, rows, hidden).sum(0, dtype=torch.float32).to(partial.dtype)
+
+
+def _compare_places(name: str, rows: int, group: OtpGroup, host: row_counts.HostForward) -> None:
+    """Debug mode: every rank stands before the same exchange of the same layer, or all raise."""
     names = list(group.layers)
-    layers, steps, their_rows = row_counts.gather((names.index(name), group.exchanges, rows), group)
-    for rank in range(group.size):
-        place = (layers[rank], steps[rank], their_rows[rank])
-        if place != (layers[group.rank], steps[group.rank], counts[rank]):
+    step = group.exchanges
+    told = row_counts.told(rows, group, host) or (-1,) * group.size
+    seconds = group.settings.handshake_seconds
+    try:
+        places = row_counts.gather((names.index(name), step, rows, *told), group, seconds)
+    except RuntimeError as error:
+        _name_absent(f"exchange {step} of {name}", str(error).splitlines()[0], group)
+    layers, steps, their_rows, *views = places
+    for rank, (layer, their_step) in enumerate(zip(layers, steps, strict=True)):
+        if (names[layer], their_step) != (name, step):
             raise OprojError(
                 "OPROJ013",
-                f"before exchange {group.exchanges} of {name}, rank {group.ranks[rank]} is at "
-                f"layer {names[place[0]]}, exchange {place[1]}, with {place[2]} rows, but rank "
-                f"{group.ranks[group.rank]} expects {counts[rank]} rows there: the ranks run "
+                f"rank {group.ranks[rank]} is at exchange {their_step} of {names[layer]} while "
+                f"rank {group.ranks[group.rank]} is at exchange {step} of {name}: the ranks run "
                 "different forward passes; please report model, options and release.",
             )
+    for rank, view in enumerate(zip(*views, strict=True)):
+        if view not in (their_rows, (-1,) * group.size):
+            raise OprojError(
+                "OPROJ013",
+                f"at exchange {step} of {name} the ranks {group.ranks} have {list(their_rows)} "
+                f"rows, but rank {group.ranks[rank]} was told {list(view)}: its host's "
+                "data-parallel metadata is wrong; please report model, options and release.",
+            )
+
+
+def _name_absent(where: str, problem: str, group: OtpGroup) -> NoReturn:
+    """Raise OprojError naming the ranks that did not come to `where`: the store tells."""
+
+    def verdict(records: Mapping[int, handshake.Record | None]) -> OprojError | None:
+        absent = [rank for rank, record in records.items() if record is None]
+        who = f"rank {', '.join(map(str, absent or group.ranks))}"
+        waiting = "; ".join(
+            f"rank {rank} waits at {record['where']}" for rank, record in records.items() if record
+        )
+        return OprojError(
+            "OPROJ013",
+            f"{who} did not arrive within {group.settings.handshake_seconds:g} s, or has ended "
+            f"({waiting}: {problem}): look for the error in the log of that rank, or for what it "
+            "is busy with.",
+        )
+
+    handshake.agree(
+        otp_group.store(),
+        f"{group.store_key}/absent",
+        group.ranks[group.rank],
+        group.ranks,
+        {"where": where},
+        handshake.HEARD_SECONDS,
+        verdict,
+    )
+    raise AssertionError("the verdict is always an error")
 
 
 # The op as torch.compile sees it: opaque, one call, named by the layer. wrapt wrappers and
@@ -106,17 +255,26 @@ def _compare_places(name: str, rows: int, counts: row_counts.Counts, group: OtpG
 _library: torch.library.Library | None = None
 
 
-def register_op(call: Callable[[torch.Tensor, str, int], torch.Tensor]) -> Any:
+def register_op(call: Callable[[torch.Tensor, str, int], torch.Tensor], label: type) -> Any:
     """Define `torch.ops.oproj_patch.o_proj(x, layer, hidden)` once; returns the op.
 
     call: runs the layer of that name. Defined through a Library: a call costs 4 us, against
     11 us through torch.library.custom_op.
+    label: type of the argument `layer`: `str`, or the host's opaque type for layer names with
+    the name in its `value`, which keeps the graphs of equal layers equal (one compilation).
     """
     global _library
     if _library is None:
+
+        def o_proj(x: torch.Tensor, layer: Any, hidden: int) -> torch.Tensor:
+            return call(x, layer if isinstance(layer, str) else layer.value, hidden)
+
+        o_proj.__annotations__["layer"] = label
+        o_proj.__annotations__.update(x=torch.Tensor, hidden=int)
+        o_proj.__annotations__["return"] = torch.Tensor
         _library = torch.library.Library("oproj_patch", "FRAGMENT")
-        _library.define("o_proj(Tensor x, str layer, SymInt hidden) -> Tensor")
-        _library.impl("o_proj", call, "CompositeExplicitAutograd")
+        _library.define("o_proj" + torch.library.infer_schema(o_proj, mutates_args=()))
+        _library.impl("o_proj", o_proj, "CompositeExplicitAutograd")
         _library._register_fake(
             "o_proj", lambda x, layer, hidden: x.new_empty((*x.shape[:-1], hidden))
         )

@@ -13,10 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .errors import OprojError
+from .settings import HANDSHAKE_SECONDS, TOGGLE
 
 Record = Mapping[str, str]
+Verdict = Callable[[Mapping[int, "Record | None"]], "OprojError | None"]
 
 HEARD_SECONDS = 5.0
+REFUSAL = "refusal"
+
+
+class RankAbsentError(OprojError):
+    """A rank gave no answer; it may be inside vLLM, knowing nothing of the other ranks' wish."""
 
 
 def agree(
@@ -26,7 +33,7 @@ def agree(
     ranks: Sequence[int],
     record: Record,
     seconds: float,
-    verdict: Callable[[Mapping[int, Record | None]], OprojError | None],
+    verdict: Verdict,
 ) -> None:
     """Publish `record` under `key`, wait for the records of `ranks`, and settle on one verdict.
 
@@ -36,29 +43,53 @@ def agree(
 
     Every rank raises the same sentence: the first to judge writes its verdict to the store.
     """
+    try:
+        settled = _settle(store, key, rank, ranks, record, seconds, verdict)
+    except OprojError:
+        raise
+    except RuntimeError as error:  # torch's DistNetworkError
+        raise OprojError(
+            "OPROJ011",
+            "the rank that holds the key-value store of the process group (rank 0) ended while "
+            f"the ranks compared notes ({str(error).splitlines()[0]}): look for its error in its "
+            "log.",
+        ) from error
+    if settled:
+        raise settled
+
+
+def _settle(
+    store: Any,
+    key: str,
+    rank: int,
+    ranks: Sequence[int],
+    record: Record,
+    seconds: float,
+    verdict: Verdict,
+) -> OprojError | None:
     store.set(f"{key}/{rank}", json.dumps({**record, "host": socket.gethostname()}))
-    records = _collect(store, key, ranks, seconds)
-    error = verdict(records)
-    mine = "ok" if error is None else f"{error.code}: {error.sentence}"
-    settled = _text(store.compare_set(f"{key}/verdict", "", mine))
-    if settled not in ("", "ok"):
-        store.set(f"{key}/heard/{rank}", "1")
-        # The store lives in one rank's process: let the others hear the verdict before it ends.
-        heard = [other for other in ranks if records[other] is not None]
-        _wait(store, [f"{key}/heard/{other}" for other in heard], HEARD_SECONDS)
-        code, sentence = settled.split(": ", 1)
-        raise OprojError(code, sentence)
-
-
-def _collect(
-    store: Any, key: str, ranks: Sequence[int], seconds: float
-) -> dict[int, Record | None]:
     # A verdict that is already there means that nobody needs to wait any longer.
     missing = _wait(store, [f"{key}/{rank}" for rank in ranks], seconds, unless=f"{key}/verdict")
-    return {
+    records = {
         rank: None if f"{key}/{rank}" in missing else json.loads(_text(store.get(f"{key}/{rank}")))
         for rank in ranks
     }
+    error = verdict(records)
+    mine = ["", ""] if error is None else [error.code, error.sentence]
+    mine.append("absent" if isinstance(error, RankAbsentError) else "")
+    code, sentence, absent = json.loads(
+        _text(store.compare_set(f"{key}/verdict", "", json.dumps(mine)))
+    )
+    if not code:
+        return None
+    try:
+        store.set(f"{key}/heard/{rank}", "1")
+        # The store lives in one rank's process: let the others hear the verdict before it ends.
+        heard = [f"{key}/heard/{other}" for other in ranks if records[other] is not None]
+        _wait(store, heard, HEARD_SECONDS)
+    except RuntimeError:
+        pass  # That rank has ended; the verdict is known here.
+    return (RankAbsentError if absent else OprojError)(code, sentence)
 
 
 def _wait(store: Any, keys: Sequence[str], seconds: float, unless: str | None = None) -> list[str]:
@@ -76,33 +107,39 @@ def _text(value: bytes | str) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def same_settings(
-    record: Record, toggle: str, seconds: float
-) -> Callable[[Mapping[int, Record | None]], OprojError | None]:
-    """Verdict of the first hand-shake: every rank is there with the settings of `record`."""
+def same_settings(record: Record, seconds: float, host_of: Callable[[int], str | None]) -> Verdict:
+    """Verdict of the first hand-shake: every rank is there, with the settings of `record`.
+
+    A record may carry a `refusal`, the text of the error for which its rank will not start.
+    host_of: host of a rank that did not answer, or None when it is not known.
+    """
 
     def verdict(records: Mapping[int, Record | None]) -> OprojError | None:
-        absent = [rank for rank, other in records.items() if other is None]
+        values = {rank: other for rank, other in records.items() if other is not None}
+        refusals = {rank: other[REFUSAL] for rank, other in values.items() if other.get(REFUSAL)}
+        if refusals:
+            return _refused(refusals, values)
+        absent = [rank for rank in records if rank not in values]
         if absent:
-            present = sorted({other["host"] for other in records.values() if other is not None})
-            return OprojError(
-                "OPROJ011",
-                f"rank {_join(absent)}: {toggle} is not set there, or oproj_patch is not "
-                f"installed or not loaded there (no hand-shake within {seconds:g} s; the other "
-                f"ranks are on {_join(present)}): set {toggle}={record['size']} for every process "
-                "of the instance on every node.",
+            present = sorted({other["host"] for other in values.values()})
+            told = "; ".join(
+                f"rank {rank}{_named(host_of(rank))}: {TOGGLE} is not set there" for rank in absent
             )
-        values = [other for other in records.values() if other is not None]
+            return RankAbsentError(
+                "OPROJ011",
+                f"{told}, or oproj_patch is not installed or not loaded there, or that process "
+                f"has ended (no hand-shake within {seconds:g} s; the other ranks are on "
+                f"{_join(present)}): set {TOGGLE}={record['size']} for every process of the "
+                f"instance on every node; {HANDSHAKE_SECONDS} changes the deadline.",
+            )
         for field in record:
-            groups = {other[field] for other in values}
+            groups = {other.get(field, "") for other in values.values()}
             if len(groups) > 1:
                 told = "; ".join(
-                    f"rank {_join([r for r, o in records.items() if o and o[field] == value])}"
-                    f" (host {_join(sorted({o['host'] for o in values if o[field] == value}))})"
-                    f" has {value or 'none'}"
+                    _ranks_with(field, value, values) + f" has {value or 'none'}"
                     for value in sorted(groups)
                 )
-                what = toggle if field == "size" else field
+                what = TOGGLE if field == "size" else f"the version of {field}"
                 return OprojError(
                     "OPROJ011",
                     f"the ranks do not agree on {what}: {told}; accepted is one value on every "
@@ -113,18 +150,29 @@ def same_settings(
     return verdict
 
 
-def same_layers(
-    names: Mapping[str, str],
-) -> Callable[[Mapping[int, Record | None]], OprojError | None]:
+def _refused(refusals: Mapping[int, str], values: Mapping[int, Record]) -> OprojError:
+    rank, text = min(refusals.items())
+    code, sentence = text.split(": ", 1)
+    if set(refusals) == set(values) and len(set(refusals.values())) == 1:
+        return OprojError(code, sentence)
+    return OprojError(code, f"rank {rank} (host {values[rank]['host']}) cannot start: {sentence}")
+
+
+def _ranks_with(field: str, value: str, values: Mapping[int, Record]) -> str:
+    ranks = [rank for rank, other in values.items() if other.get(field, "") == value]
+    return f"rank {_join(ranks)} (host {_join(sorted({values[r]['host'] for r in ranks}))})"
+
+
+def same_layers() -> Verdict:
     """Verdict after model construction: every rank of the group sharded the same layers.
 
-    names: layer name -> its description (shapes, dtypes, quant method) on this rank.
+    A record's `layers` is JSON: layer name -> its description (shapes, dtypes, quant method).
     """
 
     def verdict(records: Mapping[int, Record | None]) -> OprojError | None:
         absent = [rank for rank, other in records.items() if other is None]
         if absent:
-            return OprojError(
+            return RankAbsentError(
                 "OPROJ012",
                 f"rank {_join(absent)} did not reach its first forward pass in time: look for "
                 "its error in the log of that rank.",
@@ -143,6 +191,10 @@ def same_layers(
         return None
 
     return verdict
+
+
+def _named(host: str | None) -> str:
+    return f" (host {host})" if host else ""
 
 
 def _join(values: Sequence[object]) -> str:

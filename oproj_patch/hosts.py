@@ -47,7 +47,11 @@ class Host:
         """The registry of this host."""
         from .seams import vllm
 
-        return vllm.seams(settings, self.versions)
+        if not self.ascend:
+            return vllm.seams(settings, self.versions)
+        from .seams import vllm_ascend
+
+        return vllm_ascend.seams(settings, self.versions)
 
     def configured_size(self) -> int:
         """The size in vLLM's `--additional-config`; raises OprojError when there is none."""

@@ -6,11 +6,16 @@ names that begin with `tp` or `pp` get shared memory on the CPU.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -67,8 +72,11 @@ class OtpGroup:
     dp_start: place of its first member in vLLM's data-parallel group.
     tp_rank, tp_size: vLLM's own tensor-parallel coordinates of this rank.
     device_group, cpu_group: process groups over `ranks` (the same object on gloo).
+    main_layers: how many of `layers` belong to the first model; later ones are a drafter's.
     layer_tp: see `LayerTPGroup`.
-    exchanges: exchanges run so far; by_scheme: the same by scheme, as (exchanges, rows).
+    pairwise: exchange by sends between pairs (gloo) instead of one collective call.
+    exchanges: exchanges run so far.
+    scratch: memory that the exchanges of all layers share (CPU only).
     """
 
     ranks: list[int]
@@ -81,9 +89,12 @@ class OtpGroup:
     layer_tp: LayerTPGroup
     settings: Settings
     store_key: str
+    pairwise: bool
     exchanges: int = 0
     sealed: bool = False
+    main_layers: int = 0
     layers: dict[str, Any] = field(default_factory=dict)
+    scratch: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -91,6 +102,7 @@ class OtpGroup:
 
 
 _current: OtpGroup | None = None
+_absence: handshake.RankAbsentError | None = None
 
 
 def current() -> OtpGroup | None:
@@ -100,6 +112,8 @@ def current() -> OtpGroup | None:
 
 def require(what: str) -> OtpGroup:
     """This process's otp group; raises OprojError naming `what` needs it."""
+    if _absence is not None:
+        raise _absence
     if _current is None:
         raise OprojError(
             "OPROJ007",
@@ -116,15 +130,20 @@ def create(
     backend: str,
     settings: Settings,
     versions: dict[str, str],
-) -> OtpGroup:
+    like: Any = None,
+    refusal: OprojError | None = None,
+) -> OtpGroup | None:
     """Create this process's otp group. Every rank of the world calls it at the same point.
 
     dp_groups, tp_groups: global ranks of all of vLLM's groups of that kind.
     backend: torch.distributed backend of the device group.
+    like: vLLM's coordinator of this rank's data-parallel group; ours take its timeouts.
+    refusal: why this rank cannot start; told to the others, so that all end alike.
+    Returns None when a rank gave no answer: see `let_go`.
     Raises OprojError when sizes do not fit or the ranks do not agree; then no process group
     has been created on any rank.
     """
-    global _current
+    global _current, _absence
     if _current is not None:
         raise OprojError(
             "OPROJ010",
@@ -135,22 +154,33 @@ def create(
     rank = dist.get_rank()
     key = f"oproj_patch/{next(_epochs)}"
     record = {"size": str(size), **versions}
-    handshake.agree(
-        _default_store(),
-        f"{key}/settings",
-        rank,
-        sorted(itertools.chain.from_iterable(dp_groups)),
-        record,
-        settings.handshake_seconds,
-        handshake.same_settings(record, TOGGLE, settings.handshake_seconds),
-    )
+    if refusal is not None:
+        record[handshake.REFUSAL] = str(refusal)
+    seconds = settings.handshake_seconds
+    try:
+        handshake.agree(
+            store(),
+            f"{key}/settings",
+            rank,
+            sorted(itertools.chain.from_iterable(dp_groups)),
+            record,
+            seconds,
+            handshake.same_settings(record, seconds, _address),
+        )
+    except handshake.RankAbsentError as error:
+        _absence = error
+        return None
+    except OprojError as error:
+        if refusal is not None and str(error) == str(refusal):
+            raise refusal from None
+        raise
     otp = topology.otp_groups(dp_groups, size)
     layer = otp if all(len(g) == 1 for g in tp_groups) else topology.layer_groups(otp, tp_groups)
-    ranks, device_group, cpu_group = _new_groups(otp, backend)
+    ranks, device_group, cpu_group = _new_groups(otp, backend, like)
     if layer is otp:
         layer_ranks, layer_device, layer_cpu = ranks, device_group, cpu_group
     else:
-        layer_ranks, layer_device, layer_cpu = _new_groups(layer, backend)
+        layer_ranks, layer_device, layer_cpu = _new_groups(layer, backend, like)
     dp_ranks = _containing(dp_groups, rank)
     tp_ranks = _containing(tp_groups, rank)
     _current = OtpGroup(
@@ -164,14 +194,15 @@ def create(
         layer_tp=LayerTPGroup(layer_ranks.index(rank), layer_ranks, layer_device, layer_cpu),
         settings=settings,
         store_key=f"{key}/{ranks[0]}",
+        pairwise=backend == "gloo",
     )
     return _current
 
 
 def destroy() -> None:
     """Destroy this process's otp group, if there is one."""
-    global _current
-    group, _current = _current, None
+    global _current, _absence
+    group, _current, _absence = _current, None, None
     if group is None:
         return
     owned = {
@@ -188,22 +219,55 @@ def destroy() -> None:
             dist.destroy_process_group(process_group)
 
 
+def let_go(create_group: Callable[[], Any], seconds: float) -> Any:
+    """Call vLLM's creation of one more process group, for the sake of a rank that is unaware.
+
+    That rank would wait in it for minutes. When all groups exist every aware rank raises, in
+    `require`, and the unaware one ends at its next collective with them.
+    Raises the hand-shake's error when the group is not there after `seconds`.
+    """
+    if _absence is None:
+        return create_group()
+    result: list[Any] = []
+    # A rank that has ended, rather than being unaware, will never come: hence the thread.
+    thread = threading.Thread(target=lambda: result.append(create_group()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not result:
+        raise _absence
+    return result[0]
+
+
 def seal(group: OtpGroup) -> None:
     """Compare the sharded layers of the group's ranks. Runs once, before the first exchange.
 
-    Raises OprojError when they differ or a rank does not arrive within the group's timeout.
+    A digest goes over the group itself, where the end of a peer is noticed at once and the
+    group's timeout holds; only when it differs do the ranks tell each other their layers.
+    Raises OprojError when they differ or a rank does not arrive.
     """
     names = {name: layer.oproj.description for name, layer in group.layers.items()}
-    handshake.agree(
-        _default_store(),
-        f"{group.store_key}/layers",
-        dist.get_rank(),
-        group.ranks,
-        {"layers": json.dumps(names)},
-        # Ranks load weights at different speeds; this is the patience of vLLM's own groups.
-        dist.default_pg_timeout.total_seconds(),
-        handshake.same_layers(names),
-    )
+    text = json.dumps(names, sort_keys=True)
+    digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+    digests = torch.empty(group.size, digest.numel(), dtype=torch.uint8)
+    try:
+        dist.all_gather(list(digests.unbind()), digest, group=group.cpu_group)
+    except RuntimeError as error:
+        raise OprojError(
+            "OPROJ012",
+            f"a rank of the group {group.ranks} ended, or did not reach its first forward pass "
+            f"within the group's timeout ({str(error).splitlines()[0]}): look for its error in "
+            "the logs of these ranks.",
+        ) from error
+    if not torch.equal(digests, digest.expand_as(digests)):
+        handshake.agree(
+            store(),
+            f"{group.store_key}/layers",
+            dist.get_rank(),
+            group.ranks,
+            {"layers": text},
+            group.settings.handshake_seconds,
+            handshake.same_layers(),
+        )
     group.sealed = True
 
 
@@ -218,13 +282,17 @@ def layer_tp_group(parallel_state: Any, group: OtpGroup) -> Iterator[None]:
         parallel_state._TP = before
 
 
-def _new_groups(groups: Sequence[Sequence[int]], backend: str) -> tuple[list[int], Any, Any]:
+def _new_groups(
+    groups: Sequence[Sequence[int]], backend: str, like: Any
+) -> tuple[list[int], Any, Any]:
     """The member list, device group and CPU group of this rank; all ranks create all groups."""
     mine: tuple[list[int], Any, Any] | None = None
+    device_timeout = _timeout(getattr(like, "device_group", None))
+    cpu_timeout = _timeout(getattr(like, "cpu_group", None))
     for ranks in groups:
-        device_group = dist.new_group(list(ranks), backend=backend)
+        device_group = dist.new_group(list(ranks), device_timeout, backend)
         cpu_group = (
-            device_group if backend == "gloo" else dist.new_group(list(ranks), backend="gloo")
+            device_group if backend == "gloo" else dist.new_group(list(ranks), cpu_timeout, "gloo")
         )
         if dist.get_rank() in ranks:
             mine = list(ranks), device_group, cpu_group
@@ -232,9 +300,42 @@ def _new_groups(groups: Sequence[Sequence[int]], backend: str) -> tuple[list[int
     return mine
 
 
+def _timeout(process_group: Any) -> timedelta | None:
+    """Timeout of a process group; None, which means torch's default, where it is not told."""
+    try:
+        device = process_group._device_types[0]
+        timeout: timedelta = process_group._get_backend(device).options._timeout
+    except (AttributeError, IndexError, RuntimeError):
+        return None
+    return timeout
+
+
+def _address(rank: int) -> str | None:
+    """IPv4 address of a rank, as gloo published it for one of vLLM's groups; None if unknown.
+
+    gloo's record is not documented: an address is taken only where this rank's own record has
+    one in the same place.
+    """
+    world = dist.distributed_c10d._world
+    for process_group, (backend, keys) in world.pg_map.items():
+        members = world.pg_group_ranks[process_group]
+        if backend != "gloo" or rank not in members or dist.get_rank() not in members:
+            continue
+        names = [f"cpu//0/{members[r]}" for r in (dist.get_rank(), rank)]
+        if not keys.check(names):
+            continue
+        mine, theirs = (keys.get(name) for name in names)
+        family = socket.AF_INET.to_bytes(2, sys.byteorder)
+        for start in range(8, min(len(mine), len(theirs)) - 8, 8):
+            if mine[start : start + 2] == theirs[start : start + 2] == family:
+                return socket.inet_ntoa(theirs[start + 4 : start + 8])
+    return None
+
+
 def _containing(groups: Sequence[Sequence[int]], rank: int) -> list[int]:
     return next(list(ranks) for ranks in groups if rank in ranks)
 
 
-def _default_store() -> Any:
+def store() -> Any:
+    """The key-value store of the default process group."""
     return dist.distributed_c10d._get_default_store()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,21 +22,19 @@ Announced = Callable[[OtpGroup], "Counts | None"]
 _agreed: tuple[weakref.ref[Any], Counts] | None = None
 
 
-def across_group(rows: int, group: OtpGroup, host: HostForward) -> Counts:
-    """Rows of each rank, in group order, while this rank has `rows`.
+def across_group(rows: int, group: OtpGroup, host: HostForward, layer: str) -> Counts:
+    """Rows of each rank, in group order, while this rank has `rows` at `layer`.
 
     Equal rows while a graph is captured: replay pads every rank to the captured size.
     Otherwise what the host announced for this forward pass, where the host's announcement is
     true; otherwise one small all-gather on the CPU group a forward pass.
     Raises OprojError when `rows` is not what was announced or agreed.
     """
-    if host.capturing():
-        return (rows,) * group.size
-    counts = host.announced(group)
+    counts = told(rows, group, host)
     source = "the host's data-parallel metadata"
     if counts is None:
         source = "the ranks' agreement at the first exchange of this forward pass"
-        counts = _agree_once(rows, group, host.context())
+        counts = _agree_once(rows, group, host.context(layer))
     if counts[group.rank] != rows:
         raise OprojError(
             "OPROJ014",
@@ -44,6 +43,11 @@ def across_group(rows: int, group: OtpGroup, host: HostForward) -> Counts:
             "between layers or hides it, which is not supported; please report model and options.",
         )
     return counts
+
+
+def told(rows: int, group: OtpGroup, host: HostForward) -> Counts | None:
+    """Row counts that are known on this rank without asking the others, or None."""
+    return (rows,) * group.size if host.capturing() else host.announced(group)
 
 
 def _agree_once(rows: int, group: OtpGroup, context: Any) -> Counts:
@@ -56,11 +60,18 @@ def _agree_once(rows: int, group: OtpGroup, context: Any) -> Counts:
     return _agreed[1]
 
 
-def gather(values: tuple[int, ...], group: OtpGroup) -> list[Counts]:
-    """All-gather of small integers on the CPU group: one tuple over ranks per value."""
+def gather(values: tuple[int, ...], group: OtpGroup, seconds: float | None = None) -> list[Counts]:
+    """All-gather of small integers on the CPU group: one tuple over ranks per value.
+
+    seconds: deadline, after which torch raises RuntimeError; default is the group's timeout.
+    """
     mine = torch.tensor(values, dtype=torch.int64)
     theirs = torch.empty(group.size * len(values), dtype=torch.int64)
-    dist.all_gather(list(theirs.chunk(group.size)), mine, group=group.cpu_group)
+    work = dist.all_gather(
+        list(theirs.chunk(group.size)), mine, group=group.cpu_group, async_op=True
+    )
+    # Seconds of 0 stand for the group's own timeout.
+    work.wait(timedelta(seconds=seconds or 0))
     return [tuple(column) for column in theirs.view(group.size, -1).t().tolist()]
 
 
@@ -71,13 +82,24 @@ class HostForward:
         """Whether a device graph is being captured on this rank (then on all ranks)."""
         return bool(torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
-    def context(self) -> Any:
-        """An object that lives exactly as long as this forward pass, or None."""
+    def context(self, layer: str) -> Any:
+        """An object that lives as long as the row counts at `layer` hold, or None: one exchange.
+
+        Every rank must get a new one at the same exchange.
+        """
         return None
 
     def announced(self, group: OtpGroup) -> Counts | None:
         """Row counts the host has already synchronised, in group order, or None."""
         return None
+
+    def traceable(self) -> bool:
+        """Whether the host's compiler needs a forward of plain collectives, without our op."""
+        return False
+
+    def label_type(self) -> type:
+        """Type in which the custom op takes a layer's name."""
+        return str
 
     def seal(self, group: OtpGroup) -> None:
         """Called once, before the group's first exchange."""

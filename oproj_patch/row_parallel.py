@@ -42,12 +42,16 @@ def is_o_proj(prefix: str) -> bool:
 class Shard:
     """What a sharded layer carries beside vLLM's own attributes.
 
-    name: key of the layer in its group, unique in this process.
+    name: key of the layer in its group, unique in this process; label: the type in which the
+        custom op takes it.
+    traceable: a graph compiler traces the layer as plain collectives, see `HostForward`.
     kept, saved: bytes of the parameters on this rank, and what the unsharded layer had more.
     shapes: parameter name -> shape on this rank, before the host re-packs it.
     """
 
     name: str
+    label: type
+    traceable: bool
     group: OtpGroup
     parallel_state: Any
     kept: int = 0
@@ -83,7 +87,9 @@ def construct(
     cls: type = type(layer)
     layer.__class__ = _sharded_class(cls)
     # nn.Module.__setattr__ would look for tables that do not exist before its __init__.
-    layer.__dict__["oproj"] = Shard(_unique(prefix, group), group, parallel_state)
+    layer.__dict__["oproj"] = Shard(
+        _unique(prefix, group), host.label_type(), host.traceable(), group, parallel_state
+    )
     try:
         with otp_group.layer_tp_group(parallel_state, group):
             init(*args, **kwargs)
@@ -99,7 +105,7 @@ def construct(
     _measure(layer)
     _see_own_group_after_loading(layer)
     group.layers[layer.oproj.name] = layer
-    exchange.register_op(functools.partial(_run_by_name, host))
+    exchange.register_op(functools.partial(_run_by_name, host), host.label_type())
 
 
 def require_sharded(owner: Any, prefix: str) -> None:
@@ -190,7 +196,13 @@ def _forward(self: Any, input_: torch.Tensor, *_: Any, **__: Any) -> Any:
     group = self.oproj.group
     if not self.input_is_parallel and group.tp_size > 1:
         input_ = input_.chunk(group.tp_size, dim=-1)[group.tp_rank]
-    output = torch.ops.oproj_patch.o_proj(input_, self.oproj.name, self.output_size)
+    if self.oproj.traceable and torch.compiler.is_compiling():
+        gemm = functools.partial(_apply_traced, self)
+        output = exchange.run_traced(input_, self.output_size, gemm, group)
+    else:
+        output = torch.ops.oproj_patch.o_proj(
+            input_, self.oproj.label(self.oproj.name), self.output_size
+        )
     if self.reduce_results and group.tp_size > 1:
         output = self.oproj.parallel_state.get_tp_group().all_reduce(output)
     if not self.return_bias:
@@ -214,6 +226,20 @@ def _apply(layer: Any, x: torch.Tensor) -> torch.Tensor:
     # Some quant methods decide by rank at this time what is added once (vllm-ascend's W8A8).
     with otp_group.layer_tp_group(layer.oproj.parallel_state, group):
         output: torch.Tensor = layer.quant_method.apply(layer, x, bias)
+    return output
+
+
+def _apply_traced(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """`_apply` for a tracer, which cannot follow the exchange of vLLM's group."""
+    rank = layer.oproj.group.layer_tp.rank_in_group
+    bias = None if rank > 0 or layer.skip_bias_add else layer.bias
+    # A wrapper that would ask vLLM for the rank passes it on as the last argument.
+    wrapped = getattr(layer.quant_method, "quant_method", None)
+    output: torch.Tensor = (
+        layer.quant_method.apply(layer, x, bias)
+        if wrapped is None
+        else wrapped.apply(layer, x, bias, rank)
+    )
     return output
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from .._version import __version__
 from ..errors import OprojError
 
+BROKEN_PIPE = 141
+"""What a shell reports for a program that SIGPIPE ended."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    from . import demo, plan
+    from . import demo, doctor, plan
 
     parser = argparse.ArgumentParser(
         prog="oproj-patch",
@@ -20,14 +24,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"oproj_patch {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (demo, plan):
+    for module in (demo, plan, doctor):
         module.add_parser(commands)
     args = parser.parse_args(argv)
     try:
         code: int = args.func(args)
+        sys.stdout.flush()
     except OprojError as error:
         print(f"oproj-patch: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # The interpreter flushes once more on its way out, into the same closed pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except KeyboardInterrupt:
         return 130
     return code

@@ -231,9 +231,10 @@ def render(comparison: Comparison) -> str:
     saved = (sum(off_bytes) - sum(on_bytes)) / _MIB / comparison.ranks
     lines += [
         "",
-        f"{equal} of {comparison.prompts} continuations are identical "
+        f"{equal} of {comparison.prompts} continuations are identical; "
+        f"{saved:.2f} MiB of o_proj saved a rank",
         f"({comparison.ranks} ranks, groups of {comparison.otp_size}, "
-        f"{'compiled' if comparison.compiled else 'eager'}); {saved:.2f} MiB saved a rank.",
+        f"{'compiled' if comparison.compiled else 'eager'}).",
     ]
     return "\n".join(lines)
 

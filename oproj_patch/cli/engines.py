@@ -193,7 +193,7 @@ def run_offline(
                         | master
                         | {"VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)},
                         log=work / f"rank{rank}.log",
-                        deadline=deadline,
+                        deadline=deadline + 30,  # in case this process cannot keep it
                     )
                 )
                 for rank in range(config.dp)
@@ -431,7 +431,7 @@ class _Process:
         self._text = ""
         guarded = [
             # Isolated: the guard must not import what the environment asks Python to import.
-            *(sys.executable, "-I", str(_THIS), "guard", str(os.getpid()), str(deadline + 30)),
+            *(sys.executable, "-I", str(_THIS), "guard", str(os.getpid()), str(deadline)),
             *command,
         ]
         with open(log, "wb") as out:

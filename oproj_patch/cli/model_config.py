@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from oproj_patch.errors import OprojValueError
+
 WEIGHT_BITS = {"int4": 4, "int8": 8, "fp8": 8, "bf16": 16, "fp16": 16, "fp32": 32}
 """Bits of one stored value of each data type that ``plan`` knows."""
 
@@ -81,8 +83,14 @@ BUILTIN_MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-class InputError(ValueError):
+class InputError(OprojValueError):
     """A model description or an option that cannot be used; the message is one sentence."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__("OPROJ018", sentence)
+
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, ...]]:
+        return type(self), (self.sentence,)
 
 
 @dataclass(frozen=True)

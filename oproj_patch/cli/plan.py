@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,10 +50,8 @@ def kv_bytes_per_token(shape: ModelShape, tp: int, kv_bits: int) -> int:
     MLA caches one latent vector on every tensor-parallel rank; GQA divides its KV heads among
     them, at least one each.
     """
-    if shape.latent_width:
-        values = shape.latent_width
-    else:
-        values = 2 * max(1, shape.num_kv_heads // tp) * shape.head_dim
+    grouped = 2 * max(1, shape.num_kv_heads // tp) * shape.head_dim
+    values = shape.latent_width or grouped
     return values * shape.num_layers * kv_bits // 8
 
 
@@ -383,23 +380,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan. Return 0, or 2 after one sentence on stderr when an input is unusable."""
-    try:
-        shape = load_model(args.model, args.dtype)
-        plan = make_plan(
-            args.model,
-            shape,
-            dp=args.dp,
-            tp=args.tp,
-            kv_dtype=args.kv_dtype,
-            batch=args.batch,
-            prefill_rows=args.prefill_rows,
-        )
-        if args.plot is not None:
-            save_plot(plan, args.plot)
-    except InputError as error:
-        print(f"oproj-patch plan: {error}", file=sys.stderr)
-        return 2
+    """Print the plan and return 0. Raises :class:`InputError` when an input is unusable."""
+    shape = load_model(args.model, args.dtype)
+    plan = make_plan(
+        args.model,
+        shape,
+        dp=args.dp,
+        tp=args.tp,
+        kv_dtype=args.kv_dtype,
+        batch=args.batch,
+        prefill_rows=args.prefill_rows,
+    )
+    if args.plot is not None:
+        save_plot(plan, args.plot)
     print(json.dumps(asdict(plan), indent=2) if args.json else format_plan(plan))
     return 0
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .. import releases
 from ..errors import OprojError
 
 
@@ -21,6 +22,7 @@ class Seam:
     why, lower, unpatched, upstream, remove: the inventory row: why it is needed; why this
         seam and not one lower; what happens without it; where it was read; when it can go.
     optional: a release may lack the symbol.
+    since, until: first and last release of the host with the symbol; empty: no such end.
     """
 
     module: str
@@ -33,6 +35,8 @@ class Seam:
     upstream: str
     remove: str
     optional: bool = False
+    since: str = ""
+    until: str = ""
 
     @property
     def symbol(self) -> str:
@@ -113,6 +117,7 @@ def _drift(seam: Seam, host: str, what: str) -> OprojError:
         "OPROJ008",
         f"{seam.symbol} of {host} {what}; oproj_patch needs it to "
         f"{seam.why[0].lower()}{seam.why[1:].rstrip('.')}: see {seam.module.replace('.', '/')}.py, "
-        "install a supported release (oproj-patch doctor lists them), or unset "
-        "OPROJ_TENSOR_PARALLEL_SIZE.",
+        f"install a supported release (vllm {releases.VLLM_RELEASES[0]} to "
+        f"{releases.VLLM_RELEASES[-1]}, vllm-ascend {', '.join(releases.ASCEND_RELEASES)}), or "
+        "unset OPROJ_TENSOR_PARALLEL_SIZE.",
     )

@@ -6,12 +6,15 @@ original and drops it without a word. What is traced is the sharded class of `ro
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
-from .. import otp_group, refusals, row_parallel
+from .. import metrics, otp_group, refusals, row_parallel
 from .._version import __version__
+from ..errors import OprojError
 from ..otp_group import OtpGroup
 from ..row_counts import Counts, HostForward
 from ..settings import Settings
@@ -26,19 +29,27 @@ LOADER = "vllm.model_executor.model_loader.base_loader"
 class Forward(HostForward):
     """What upstream vLLM tells about a forward pass."""
 
-    def context(self) -> Any:
+    def context(self, layer: str) -> Any:
         from vllm import forward_context
 
         return forward_context._forward_context
 
     def announced(self, group: OtpGroup) -> Counts | None:
         """Synchronised counts of `ForwardContext.dp_metadata`, read from vLLM 0.11 to 0.32."""
-        context = self.context()
-        metadata = getattr(context, "dp_metadata", None)
+        metadata = getattr(self.context(""), "dp_metadata", None)
         counts = getattr(metadata, "num_tokens_across_dp_cpu", None)
         if counts is None:
             return None
         return tuple(counts[group.dp_start : group.dp_start + group.size].tolist())
+
+    def label_type(self) -> type:
+        """vLLM's opaque type for layer names, where torch and the release have it (from 0.20)."""
+        try:
+            from vllm.utils import torch_utils
+        except ImportError:
+            return str
+        label: type = torch_utils.LayerName if vars(torch_utils).get("_USE_LAYERNAME") else str
+        return label
 
     def seal(self, group: OtpGroup) -> None:
         from vllm.logger import init_logger
@@ -46,45 +57,52 @@ class Forward(HostForward):
         otp_group.seal(group)
         # Only loggers below "vllm" have vLLM's handlers and format.
         init_logger("vllm.oproj_patch").info(row_parallel.summary(group))
+        metrics.start(group)
 
 
-def seams(settings: Settings, versions: dict[str, str]) -> tuple[Seam, ...]:
-    """The registry for upstream vLLM under `settings`; `versions` go into the hand-shake."""
-    host = Forward()
+def seams(
+    settings: Settings,
+    versions: dict[str, str],
+    host: HostForward | None = None,
+    refuse: Callable[[Any], None] | None = None,
+) -> tuple[Seam, ...]:
+    """The registry for upstream vLLM under `settings`; `versions` go into the hand-shake.
+
+    host, refuse: what a host on top of vLLM tells and refuses (given the VllmConfig).
+    """
+    host = host or Forward()
+    linear_constructed = constructor(host)
 
     def group_created(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
         given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
         if given.get("group_name") != "dp":
             if given.get("group_name") == "tp":
                 tp_groups[:] = given["group_ranks"]
-            return wrapped(*args, **kwargs)
-        refusals.check(_vllm_config(), settings, given["group_ranks"])
+            return otp_group.let_go(
+                functools.partial(wrapped, *args, **kwargs), settings.handshake_seconds
+            )
+        dp_groups = given["group_ranks"]
+        refusal: OprojError | None = None
+        try:
+            refusals.check(_vllm_config(), settings, dp_groups)
+            if refuse is not None:
+                refuse(_vllm_config())
+        except OprojError as error:
+            refusal = error
         dp_group = wrapped(*args, **kwargs)
-        otp_group.create(given["group_ranks"], tp_groups, given["backend"], settings, versions)
+        otp_group.create(
+            dp_groups, tp_groups, given["backend"], settings, versions, dp_group, refusal
+        )
         _destroy_together(dp_group)
         return dp_group
 
     tp_groups: list[list[int]] = []
 
-    def linear_constructed(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
-        prefix = inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("prefix", "")
-        if isinstance(instance, row_parallel.ShardedMixin) or not row_parallel.is_o_proj(prefix):
-            wrapped(*args, **kwargs)
-            return
-        from vllm.distributed import parallel_state
-
-        group = otp_group.require(prefix)
-        row_parallel.construct(wrapped, instance, args, kwargs, group, parallel_state, host)
-
-    def attention_constructed(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
-        wrapped(*args, **kwargs)
-        prefix = inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("prefix", "")
-        row_parallel.require_sharded(instance, prefix)
-
     def model_built(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
         model = wrapped(*args, **kwargs)
         group = otp_group.require("the model")
         row_parallel.check_model(model, group)
+        group.main_layers = group.main_layers or len(group.layers)
         return model
 
     def config_hashed(wrapped: Any, _: Any, args: Any, kwargs: Any) -> str:
@@ -159,6 +177,29 @@ def seams(settings: Settings, versions: dict[str, str]) -> tuple[Seam, ...]:
             remove="vLLM lets plugins contribute to the hash.",
         ),
     )
+
+
+def constructor(host: HostForward) -> Callable[..., None]:
+    """Wrapper of a linear layer's constructor: an o_proj becomes a sharded layer."""
+
+    def linear_constructed(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
+        prefix = inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("prefix", "")
+        if isinstance(instance, row_parallel.ShardedMixin) or not row_parallel.is_o_proj(prefix):
+            wrapped(*args, **kwargs)
+            return
+        from vllm.distributed import parallel_state
+
+        group = otp_group.require(prefix)
+        row_parallel.construct(wrapped, instance, args, kwargs, group, parallel_state, host)
+
+    return linear_constructed
+
+
+def attention_constructed(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
+    """Wrapper of an attention module's constructor: its o_proj must be a sharded layer."""
+    wrapped(*args, **kwargs)
+    prefix = inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("prefix", "")
+    row_parallel.require_sharded(instance, prefix)
 
 
 def _vllm_config() -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -15,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oproj_patch.cli import plan as plan_module
+from oproj_patch.cli import main
 from oproj_patch.cli.model_config import (
     BUILTIN_MODELS,
     MAX_CONFIG_BYTES,
@@ -41,12 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def command_line(*arguments: str) -> int:
     """Run the ``plan`` command in this process and return its exit code."""
-    parser = argparse.ArgumentParser(prog="oproj-patch")
-    plan_module.add_parser(parser.add_subparsers(required=True))
-    args = parser.parse_args(["plan", *arguments])
-    code = args.func(args)
-    assert isinstance(code, int)
-    return code
+    return main(["plan", *arguments])
 
 
 def write_config(directory: Path, config: object) -> Path:
@@ -378,7 +372,7 @@ def one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
     captured = capsys.readouterr()
     assert captured.out == ""
     [line] = captured.err.splitlines()
-    assert line.startswith("oproj-patch plan: ")
+    assert line.startswith("oproj-patch: OPROJ018: ")
     assert line.isprintable()
     assert len(line) < 500
     return line

@@ -14,6 +14,7 @@ stored once, under `$OPROJ_TEST_CACHE` (default `.tox/hosts`).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import os
 import re
@@ -119,7 +120,9 @@ def environment(host: Host, base: Mapping[str, str] | None = None) -> dict[str, 
 def run(
     host: Host, arguments: Sequence[str], timeout: float, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python ARGUMENTS` on `host`; the process and its children end with this call.
+    """Run `python ARGUMENTS` on `host`, in the repository's root.
+
+    The process and all it started have ended when this returns or raises.
 
     Standard error is merged into standard output. `env` is added to the host's environment.
 
@@ -129,6 +132,7 @@ def run(
     command = [sys.executable, *arguments]
     with subprocess.Popen(
         command,
+        cwd=_REPOSITORY,
         env={**environment(host), **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -147,10 +151,8 @@ def run(
 
 
 def _kill_group(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def store(distribution: str, version: str) -> Path | None:
@@ -180,7 +182,7 @@ def stored(name: str, build: Callable[[Path], None]) -> Path:
             with tempfile.TemporaryDirectory(prefix=".new-", dir=target.parent) as scratch:
                 new = Path(scratch) / name
                 build(new)
-                os.rename(new, target)
+                new.rename(target)
             print(f"{name}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
     return target
 

@@ -1,0 +1,317 @@
+"""``oproj-patch doctor``, run as its users run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import venv
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oproj_patch import __version__
+from oproj_patch.cli import demo_model, main
+from oproj_patch.errors import CODES
+
+ROOT = Path(__file__).resolve().parents[2]
+TOGGLE = "OPROJ_TENSOR_PARALLEL_SIZE"
+SECONDS = 300
+
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment without what decides about the shim, then `changes`."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("OPROJ_", "VLLM_PLUGINS"))}
+    return kept | {"HF_HUB_OFFLINE": "1"} | changes
+
+
+def doctor(
+    *arguments: str, python: str = sys.executable, **changes: str
+) -> tuple[int, dict[str, Any]]:
+    """Exit code and report of `python -m oproj_patch doctor --json ARGUMENTS`."""
+    done = subprocess.run(
+        [python, "-m", "oproj_patch", "doctor", "--json", *arguments],
+        env=environment(**changes),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.stderr == "", done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def states(report: dict[str, Any], check: str) -> list[tuple[str, str | None]]:
+    return [(f["state"], f["code"]) for f in report["findings"] if f["check"] == check]
+
+
+def text(report: dict[str, Any], check: str) -> str:
+    return " ".join(f["text"] for f in report["findings"] if f["check"] == check)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with the demo model's config.json: no weights are needed to refuse."""
+    pytest.importorskip("transformers")
+    directory = tmp_path_factory.mktemp("model")
+    code = (
+        "import sys; from pathlib import Path; from oproj_patch.cli import demo_model; "
+        "demo_model._config('dense', False).save_pretrained(sys.argv[1]); "
+        "demo_model._write_tokenizer(Path(sys.argv[1]))"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(directory)],
+        env=environment(),
+        cwd=ROOT,
+        check=True,
+        timeout=SECONDS,
+    )
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"architectures": ["DeepseekV3ForCausalLM"]}))
+    return str(directory)
+
+
+def serve(model: str, *options: str) -> list[str]:
+    return ["vllm", "serve", model, "--max-model-len", "256", "--dtype", "float32", *options]
+
+
+# --- with a host ------------------------------------------------------------------------------
+
+
+@needs_vllm
+def test_active(model: str) -> None:
+    code, report = doctor("--", f"{TOGGLE}=2", *serve(model, "--data-parallel-size", "4"))
+    assert (code, report["activates"], report["size"]) == (0, True, 2)
+    assert {f["state"] for f in report["findings"]} <= {"ok", "note"}
+    assert states(report, "refusals") == [("ok", None)]
+    assert len(states(report, "seam")) >= 5
+    assert report["versions"]["oproj_patch"] == __version__
+    assert "data-parallel size 4" in text(report, "command")
+
+
+@needs_vllm
+def test_the_module_form_of_the_server(model: str) -> None:
+    command = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    code, report = doctor("--", *command, "--data-parallel-size", "3", **{TOGGLE: "2"})
+    assert code == 1
+    assert states(report, "refusals") == [("problem", "OPROJ003")]
+    assert "the data-parallel size 3" in text(report, "refusals")
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("config", "code", "size"),
+    [
+        ('{"oproj_tensor_parallel_size": 4}', None, 4),
+        ('{"finegrained_tp_config": {"oproj_tensor_parallel_size": 2}}', None, 2),
+        ("{}", "OPROJ017", 0),
+    ],
+)
+def test_auto(model: str, config: str, code: str | None, size: int) -> None:
+    options = ["--data-parallel-size", "4", "--additional-config", config]
+    ended, report = doctor("--", f"{TOGGLE}=auto", *serve(model, *options))
+    assert (ended, report["size"]) == (1 if code else 0, size)
+    assert states(report, "refusals") == [("problem" if code else "ok", code)]
+    assert states(report, "built-in") == [("ok" if code else "note", None)]
+
+
+@needs_vllm
+def test_a_dense_model_is_refused(model: str, tmp_path: Path) -> None:
+    config = json.loads(Path(model, "config.json").read_text())
+    dense = config | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    for name in [name for name in dense if "expert" in name or "lora" in name or "rope" in name]:
+        del dense[name]
+    (tmp_path / "config.json").write_text(json.dumps(dense | {"head_dim": 32}))
+    command = serve(str(tmp_path), "--skip-tokenizer-init", "--data-parallel-size", "4")
+    code, report = doctor("--", f"{TOGGLE}=2", *command)
+    assert code == 1
+    assert states(report, "refusals") == [("problem", "OPROJ004")], text(report, "command")
+
+
+@needs_vllm
+def test_columns_that_cannot_be_divided(model: str) -> None:
+    code, report = doctor("--", f"{TOGGLE}=3", *serve(model, "--data-parallel-size", "6"))
+    assert code == 1
+    assert states(report, "refusals") == [("problem", "OPROJ005")]
+
+
+@needs_vllm
+def test_a_command_that_vllm_refuses(model: str) -> None:
+    code, report = doctor("--", f"{TOGGLE}=2", *serve(model, "--no-such-option"))
+    assert code == 1
+    assert states(report, "command") == [("problem", None)]
+    assert "--no-such-option" in text(report, "command")
+    code, report = doctor("--", f"{TOGGLE}=2", *serve(model + "-missing"))
+    assert code == 1
+    assert states(report, "command") == [("problem", None)]
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("plugins", "state"), [("oproj_patch", "ok"), ("ascend", "problem"), ("", "problem")]
+)
+def test_plugin_filter(plugins: str, state: str) -> None:
+    code, report = doctor(**{TOGGLE: "2", "VLLM_PLUGINS": plugins})
+    assert states(report, "plugin") == [(state, None)]
+    assert code == (0 if state == "ok" else 1)
+
+
+@needs_vllm
+def test_without_a_command_model_and_layout_are_open() -> None:
+    code, report = doctor(**{TOGGLE: "8"})
+    assert (code, report["size"]) == (0, 8)
+    assert states(report, "command") == [("note", None)]
+    code, report = doctor(**{TOGGLE: "auto"})
+    assert code == 1
+    assert states(report, "command") == [("unknown", None)]
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({}, None),
+        ({TOGGLE: "0"}, None),
+        ({TOGGLE: "four"}, "OPROJ001"),
+        ({TOGGLE: "2", "OPROJ_PATCH_DEBUG": "yes"}, "OPROJ002"),
+    ],
+)
+def test_off_or_not_understood(changes: dict[str, str], code: str | None) -> None:
+    ended, report = doctor(**changes)
+    assert (ended, report["activates"], report["size"]) == (1, False, 0)
+    assert states(report, "toggle") == [("problem", code)]
+    # The rest is looked at all the same.
+    assert states(report, "plugin") == [("ok", None)]
+
+
+@needs_vllm
+def test_a_host_that_cannot_be_imported(tmp_path: Path) -> None:
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("import no_such_library\n")
+    code, report = doctor(**{TOGGLE: "2", "PYTHONPATH": str(tmp_path)})
+    assert code == 1
+    assert states(report, "host") == [("problem", None)]
+    assert "no_such_library" in text(report, "host")
+
+
+# --- without one ------------------------------------------------------------------------------
+
+
+def test_without_vllm(tmp_path: Path) -> None:
+    venv.create(tmp_path, with_pip=False)
+    code, report = doctor(python=str(tmp_path / "bin" / "python"), **{TOGGLE: "2"})
+    assert code == 1
+    assert states(report, "host") == [("problem", None)]
+    assert "vLLM is not installed" in text(report, "host")
+    assert states(report, "entry point") == [("problem", None)]
+    assert states(report, "toggle") == [("ok", None)]
+
+
+# --- how it looks -----------------------------------------------------------------------------
+
+
+def without_vllm(tmp_path: Path) -> list[str]:
+    venv.create(tmp_path, with_pip=False)
+    return [str(tmp_path / "bin" / "python"), "-m", "oproj_patch", "doctor"]
+
+
+def test_plain_in_a_pipe(tmp_path: Path) -> None:
+    done = subprocess.run(
+        without_vllm(tmp_path), env=environment(), cwd=ROOT, capture_output=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert b"\x1b" not in done.stdout
+    lines = done.stdout.decode().splitlines()
+    assert lines[-1] == "oproj_patch would not be active here: 3 things above."
+    assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize(("changes", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_coloured_on_a_terminal(tmp_path: Path, changes: dict[str, str], coloured: bool) -> None:
+    ours, theirs = pty.openpty()
+    try:
+        done = subprocess.run(
+            without_vllm(tmp_path),
+            env=environment(TERM="xterm", **changes),
+            cwd=ROOT,
+            stdout=theirs,
+            timeout=60,
+        )
+        shown = os.read(ours, 1 << 16)
+    finally:
+        os.close(theirs)
+        os.close(ours)
+    assert done.returncode == 1
+    assert (b"\x1b[31mproblem\x1b[0m" in shown) is coloured
+
+
+# --- the command line around it ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command", ["echo hello", "python server.py", "vllm bench", "A=1 vllm", "x" * 5000, "\0"]
+)
+def test_commands_it_cannot_read(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--", *command.split(" ")]) == 2
+    captured = capsys.readouterr()
+    [line] = captured.err.splitlines()
+    assert captured.out == ""
+    assert line.startswith("oproj-patch: OPROJ018: ")
+    assert line.isprintable()
+    assert len(line) < 500
+
+
+def test_the_command_line_is_not_activated(tmp_path: Path) -> None:
+    """Not even with the toggle set: neither wrapt nor the host is imported by `plan`."""
+    (tmp_path / "wrapt.py").write_text("raise RuntimeError('imported')\n")
+    for how in (["-m", "oproj_patch"], ["-um", "oproj_patch"]):
+        done = subprocess.run(
+            [sys.executable, *how, "plan", "kimi-k2"],
+            env=environment(**{TOGGLE: "2", "PYTHONPATH": str(tmp_path)}),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_other_programs_are_activated() -> None:
+    code = "import os, oproj_patch; print(os.environ['VLLM_PLUGINS'])"
+    for how in (["-c", code], ["-c", code, "oproj_patch"]):
+        done = subprocess.run(
+            [sys.executable, *how],
+            env=environment(**{TOGGLE: "2", "VLLM_PLUGINS": "x"}),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.stdout == "x,oproj_patch\n", done.stderr
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "oproj_patch", "plan", "kimi-k2"],
+            env=environment(),
+            cwd=ROOT,
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_the_demo_model_is_what_is_checked() -> None:
+    assert demo_model.O_PROJ_IN % 3 != 0  # test_columns_that_cannot_be_divided rests on it
+    assert set(CODES) == {f"OPROJ{number:03}" for number in range(1, len(CODES) + 1)}

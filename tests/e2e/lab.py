@@ -1,0 +1,203 @@
+"""Runs of real engines, kept for the session because one serves several comparisons."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from oproj_patch.cli import demo_model
+from oproj_patch.cli.engines import (
+    PROBE,
+    Completion,
+    EngineConfig,
+    OfflineRun,
+    Round,
+    run_offline,
+)
+
+TOGGLE = "OPROJ_TENSOR_PARALLEL_SIZE"
+PROMPTS = demo_model.prompts(20)
+MAX_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which checkpoint of ``demo_model``."""
+
+    variant: demo_model.Variant
+    trained: bool
+
+
+DENSE = Model("dense", trained=False)
+MOE = Model("moe", trained=False)
+STORY_TELLER = Model("dense", trained=True)
+
+
+def spread(dp: int) -> list[Round]:
+    """All prompts over ``dp`` ranks evenly; then very unevenly; then with idle ranks.
+
+    In the second round rank 0 has one short request and is idle while the last rank works on;
+    in the third every rank but the last has no request at all.
+    """
+    last = dp - 1
+    even: list[Sequence[str]] = [PROMPTS[rank::dp] for rank in range(dp)]
+    uneven: list[Sequence[str]] = [PROMPTS[rank : rank + 1] for rank in range(last)]
+    uneven.append(PROMPTS[last:])
+    idle: list[Sequence[str]] = [[] for _ in range(last)] + [PROMPTS[:4]]
+    return [
+        Round(even, [MAX_TOKENS] * dp),
+        Round(uneven, [2 + rank for rank in range(last)] + [MAX_TOKENS]),
+        Round(idle, [1] * last + [12]),
+    ]
+
+
+@dataclass
+class Lab:
+    """Starts engines for the tests of a session; the same run is never made twice."""
+
+    scratch: Callable[[str], Path]
+    _runs: dict[Any, OfflineRun] = field(default_factory=dict)
+    _caches: dict[Any, Path] = field(default_factory=dict)
+
+    def config(
+        self,
+        model: Model,
+        *,
+        otp: int | str | None,
+        dp: int = 2,
+        tp: int = 1,
+        compiled: bool = False,
+        **options: Any,
+    ) -> EngineConfig:
+        """Return a configuration; ``otp`` None is unpatched, ``options`` are vLLM's own.
+
+        Compiled runs of one model and layout share their compile cache.
+        """
+        moe = model.variant == "moe"
+        cache_key = (model, dp, tp)
+        if compiled and cache_key not in self._caches:
+            self._caches[cache_key] = self.scratch("compiled")
+        return EngineConfig(
+            demo_model.ensure(model.variant, trained=model.trained, progress=print),
+            dp=dp,
+            tp=tp,
+            compiled=compiled,
+            env={} if otp is None else {TOGGLE: str(otp)},
+            options=options,
+            extension="cpu_moe.MoeWorkerProbe" if moe else PROBE,
+            python_path=(Path(__file__).parent,) if moe else (),
+            cache_root=self._caches[cache_key] if compiled else None,
+        )
+
+    def off(self, model: Model, *, tp: int = 1, compiled: bool = False) -> OfflineRun:
+        """Return the unpatched run with two data-parallel ranks."""
+        return self._run(model, None, 2, tp, compiled)
+
+    def on(
+        self, model: Model, otp: int, *, dp: int = 2, tp: int = 1, compiled: bool = False
+    ) -> OfflineRun:
+        """Return a run with the shim."""
+        return self._run(model, otp, dp, tp, compiled)
+
+    def _run(self, model: Model, otp: int | None, dp: int, tp: int, compiled: bool) -> OfflineRun:
+        key = (model, otp, dp, tp, compiled)
+        if key not in self._runs:
+            config = self.config(model, otp=otp, dp=dp, tp=tp, compiled=compiled)
+            self._runs[key] = run = run_offline(config, spread(dp))
+            assert_round_sizes(run, spread(dp))
+        run = self._runs[key]
+        if otp is None:
+            assert_unpatched(run.workers, run.logs, tp=tp)
+        else:
+            assert_sharded(run.workers, run.logs, dp=dp, otp=otp, tp=tp)
+        return run
+
+
+def completions(run: OfflineRun) -> list[Completion]:
+    """All completions of a run, of all rounds and ranks."""
+    return [c for rank in run.ranks for entry in rank.rounds for c in entry]
+
+
+def assert_same_tokens(off: OfflineRun, on: OfflineRun) -> None:
+    """Each completion of ``on`` is token for token the unpatched one of the same prompt.
+
+    Completions of different lengths are compared as far as the shorter goes: they are greedy.
+    The layouts may differ; what a rank answers does not depend on the other ranks.
+    """
+    longest: dict[str, list[int]] = {}
+    for completion in completions(off):
+        if len(completion.token_ids) > len(longest.get(completion.prompt, [])):
+            longest[completion.prompt] = completion.token_ids
+    assert len(longest) == len(PROMPTS)
+    assert {c.prompt for c in completions(on)} == set(PROMPTS)
+    for completion in completions(on):
+        count = len(completion.token_ids)
+        assert count >= 1
+        assert completion.token_ids == longest[completion.prompt][:count], completion.prompt
+
+
+def assert_round_sizes(run: OfflineRun, rounds: Sequence[Round]) -> None:
+    """Every rank answered all its prompts of every round with as many tokens as asked for."""
+    for number, entry in enumerate(rounds):
+        for rank, result in enumerate(run.ranks):
+            wanted = [(prompt, entry.max_tokens[rank]) for prompt in entry.prompts[rank]]
+            assert [(c.prompt, len(c.token_ids)) for c in result.rounds[number]] == wanted
+
+
+def assert_unpatched(workers: list[dict[str, Any]], logs: Sequence[str], *, tp: int = 1) -> None:
+    """No worker was touched, and every one holds whole o_proj weights (but for ``tp``)."""
+    for worker in workers:
+        status = worker["status"]
+        assert status["enabled"] is False
+        assert status["exchanges"] == status["layers"] == 0
+        assert len(worker["layers"]) == demo_model.NUM_LAYERS
+        for layer in worker["layers"].values():
+            assert layer["shape"] == [demo_model.HIDDEN_SIZE, demo_model.O_PROJ_IN // tp]
+            assert layer["dtype"] == "float32"
+        assert worker["o_proj_bytes"] == demo_model.O_PROJ_BYTES // tp
+    assert not any("o_proj sharded" in log for log in logs)
+
+
+def assert_sharded(
+    workers: list[dict[str, Any]], logs: Sequence[str], *, dp: int, otp: int, tp: int = 1
+) -> None:
+    """Every worker of every rank holds 1/``otp``, says so, and exchanged."""
+    assert sorted((w["dp_rank"], w["tp_rank"]) for w in workers) == [
+        (d, t) for d in range(dp) for t in range(tp)
+    ]
+    kept = demo_model.O_PROJ_BYTES // tp // otp
+    assert kept * otp * tp == demo_model.O_PROJ_BYTES
+    for worker in workers:
+        assert len(worker["layers"]) == demo_model.NUM_LAYERS
+        for name, layer in worker["layers"].items():
+            columns = demo_model.O_PROJ_IN // tp // otp
+            assert layer["shape"] == [demo_model.HIDDEN_SIZE, columns], name
+            assert layer["bytes"] == demo_model.HIDDEN_SIZE * columns * 4
+        assert worker["o_proj_bytes"] == kept
+        status = worker["status"]
+        first = worker["dp_rank"] // otp * otp
+        assert status["enabled"] is True
+        assert status["size"] == otp
+        assert list(status["otp_ranks"]) == [
+            d * tp + worker["tp_rank"] for d in range(first, first + otp)
+        ]
+        assert status["layers"] == demo_model.NUM_LAYERS
+        assert status["bytes_kept"] == kept
+        assert status["bytes_saved"] == kept * (otp - 1)
+        # At least one exchange a layer for each token of the longest request.
+        assert status["exchanges"] >= MAX_TOKENS * demo_model.NUM_LAYERS
+        assert status["exchanges"] % demo_model.NUM_LAYERS == 0
+    assert_info_lines(logs, workers=dp * tp, otp=otp)
+
+
+def assert_info_lines(logs: Sequence[str], *, workers: int, otp: int) -> None:
+    """Each worker said once, through vLLM's logger, how the o_proj layers are sharded."""
+    found = re.findall(
+        rf"INFO .*oproj_patch \S+: o_proj sharded {otp}-way over ranks \[[\d, ]+\]: "
+        rf"{demo_model.NUM_LAYERS} layers, ",
+        "\n".join(logs),
+    )
+    assert len(found) == workers, found

@@ -1,0 +1,87 @@
+"""The OpenAI-compatible server with two data-parallel ranks: 64 requests at once."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from oproj_patch.cli import demo_model
+from oproj_patch.cli.engines import Server, serve
+
+from . import lab as labs
+from .lab import STORY_TELLER, Lab
+
+REQUESTS = 64
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt: str
+    max_tokens: int
+    stream: bool
+
+
+def requests() -> list[Request]:
+    prompts = demo_model.prompts(REQUESTS)
+    return [
+        Request(prompt, max_tokens=4 + (7 * index) % 29, stream=index % 2 == 0)
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def test_64_concurrent_requests(lab: Lab) -> None:
+    with serve(lab.config(STORY_TELLER, otp=None)) as server:
+        off = answer_all(server)
+        labs.assert_unpatched(server.workers(), [server.log()])
+    with serve(lab.config(STORY_TELLER, otp=2)) as server:
+        on = answer_all(server)
+        workers = server.workers()
+        labs.assert_sharded(workers, [server.log()], dp=2, otp=2)
+    assert off == on
+    # The checkpoint knows the story by heart, so an error on both sides cannot hide.
+    story = demo_model.STORY * 2
+    for request, text in zip(requests(), on, strict=True):
+        start = story.index(request.prompt) + len(request.prompt)
+        assert text == story[start : start + request.max_tokens]
+
+
+def answer_all(server: Server) -> list[str]:
+    """Send all requests at once; return the texts in order."""
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        return list(pool.map(lambda request: answer(server.base_url, request), requests()))
+
+
+def answer(base_url: str, request: Request) -> str:
+    body = {
+        "model": "demo",
+        "prompt": request.prompt,
+        "max_tokens": request.max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": request.stream,
+    }
+    call = urllib.request.Request(
+        f"{base_url}/v1/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(call, timeout=180) as response:
+        if not request.stream:
+            return str(json.load(response)["choices"][0]["text"])
+        return "".join(chunk["choices"][0]["text"] for chunk in events(response))
+
+
+def events(response: Any) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a server-sent event stream; it must end with ``[DONE]``."""
+    for line in response:
+        if not line.startswith(b"data: "):
+            continue
+        data = line[len(b"data: ") :].strip()
+        if data == b"[DONE]":
+            return
+        yield json.loads(data)
+    raise AssertionError("the stream ended without [DONE]")

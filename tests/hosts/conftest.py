@@ -1,0 +1,43 @@
+"""`--host vllm-0.11.0` runs one host's tests; the summary says how long each host took.
+
+A test belongs to a host by its parameter `host`, an `overlay.Host` with its text as id.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+
+import pytest
+
+_HOST = re.compile(r"\[(?:.*-)?((?:vllm|ascend)-[\d.]*\d)")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--host", help="run the tests of this host only, such as ascend-0.13.0")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--host")
+    if wanted:
+        others = [item for item in items if _host(item.nodeid) != wanted]
+        items[:] = [item for item in items if _host(item.nodeid) == wanted]
+        config.hook.pytest_deselected(items=others)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    seconds: dict[str, float] = defaultdict(float)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport) and (host := _host(report.nodeid)):
+                seconds[host] += report.duration
+    if seconds:
+        terminalreporter.section("seconds per host")
+        for name, taken in seconds.items():
+            terminalreporter.write_line(f"{taken:8.1f}  {name}")
+        terminalreporter.write_line(f"{sum(seconds.values()):8.1f}  all")
+
+
+def _host(node: str) -> str | None:
+    found = _HOST.search(node)
+    return found[1] if found else None

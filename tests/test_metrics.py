@@ -1,0 +1,77 @@
+"""The worker's metrics as the API server's registry reads them."""
+
+from __future__ import annotations
+
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from oproj_patch.cli import demo_model
+from oproj_patch.cli.engines import EngineConfig, serve
+
+from . import ranks
+
+pytest.importorskip("vllm")
+parser = pytest.importorskip("prometheus_client.parser")
+
+BODY = "tests.bodies.metrics:exchanged"
+SIZE = {"OPROJ_TENSOR_PARALLEL_SIZE": "2"}
+
+
+def test_every_worker_is_seen_through_the_multiprocess_registry(tmp_path: Path) -> None:
+    from prometheus_client import CollectorRegistry, multiprocess
+
+    told = ranks.run(2, BODY, {"times": 7}, env={**SIZE, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)})
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry, path=str(tmp_path))
+    for rank in (0, 1):
+        label = {"rank": str(rank)}
+        value = {
+            name: registry.get_sample_value(f"oproj_patch_{name}", label)
+            for name in ("group_size", "layers", "kept_bytes", "saved_bytes", "exchanges_total")
+        }
+        assert value == {
+            "group_size": 2,
+            "layers": 1,
+            "kept_bytes": 20 * 24 * 4,
+            "saved_bytes": 20 * 24 * 4,
+            "exchanges_total": 7,
+        }
+        assert told[rank] == {
+            "kept": 1920,
+            "saved": 1920,
+            "exchanges": 7,
+            "publishing": True,
+        }
+
+
+def test_nothing_is_started_where_nobody_could_see_it() -> None:
+    told = ranks.run(2, BODY, {"times": 1}, env={**SIZE, "PROMETHEUS_MULTIPROC_DIR": ""})
+    assert [rank["publishing"] for rank in told] == [False, False]
+
+
+@pytest.mark.e2e
+def test_a_real_server_shows_its_workers_on_metrics(tmp_path: Path) -> None:
+    config = EngineConfig(
+        model=demo_model.ensure("dense", trained=False),
+        env={**SIZE, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
+    )
+    with (
+        serve(config) as server,
+        urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as got,
+    ):
+        page = got.read().decode()
+    shown = {
+        (sample.name, sample.labels["rank"]): sample.value
+        for family in parser.text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name.startswith("oproj_patch_") and not sample.name.endswith("_created")
+    }
+    half = demo_model.O_PROJ_BYTES // 2
+    for rank in ("0", "1"):
+        assert shown["oproj_patch_group_size", rank] == 2
+        assert shown["oproj_patch_layers", rank] == demo_model.NUM_LAYERS
+        assert shown["oproj_patch_kept_bytes", rank] == half
+        assert shown["oproj_patch_saved_bytes", rank] == half
+        assert shown["oproj_patch_exchanges_total", rank] > 0
