@@ -78,6 +78,7 @@ def measure(
     import torch
     import torch.distributed as dist
 
+    import oproj_patch
     from tests.bodies.world import groups
 
     torch.set_num_threads(1)
@@ -87,6 +88,7 @@ def measure(
     torch.set_default_dtype(kind)
     with groups(ranks) as config, torch.inference_mode():
         layers = _layers(columns, hidden, ranks, rank, dtype, gemm)
+        assert oproj_patch.status().layers == 1
         builtin, label = _builtin(layers["builtin"], ranks)
         results = []
         for case in counts:

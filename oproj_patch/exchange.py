@@ -15,6 +15,7 @@ collective call, which a device graph can capture and replay on padded, equal ro
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -22,7 +23,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from . import handshake, otp_group, row_counts
+from . import handshake, otp_group, row_counts, weight_gather
 from .errors import OprojError
 from .otp_group import OtpGroup
 from .row_counts import Counts
@@ -31,6 +32,8 @@ Gemm = Callable[[torch.Tensor], torch.Tensor]
 
 # Larger buffers are not kept between calls: three such are what the shim may hold for itself.
 SCRATCH_BYTES = 64 << 20
+# Views of them; a model that is served sees many row counts.
+MOST_VIEWS = 1024
 # Elements summed at a time on a CPU: the float32 accumulator then stays in its cache.
 SUM_ELEMENTS = 1 << 18
 
@@ -44,15 +47,15 @@ def rows_out(x: torch.Tensor, counts: Counts, group: OtpGroup) -> torch.Tensor:
     rows, columns = x.shape
     chunk = columns // n
     chunks = x.view(rows, n, chunk).transpose(0, 1)
-    received = _empty("received", (sum(counts), chunk), x, group)
     if not group.pairwise:
+        received = x.new_empty((sum(counts), chunk))
         send = chunks.contiguous().view(n * rows, chunk)
         _all_to_all(received, send, counts, (rows,) * n, group)
         return received
-    parts = received.split(counts)
-    outgoing = _empty("outgoing", (n - 1, rows, chunk), x, group)
+    received, parts = _buffer("incoming", (sum(counts), chunk), counts, x, group)
+    _, blocks = _buffer("outgoing", (n - 1, rows, chunk), None, x, group)
     pending = _receive(parts, group)
-    for block, peer in zip(outgoing, _peers(group), strict=True):
+    for block, peer in zip(blocks, group.peers, strict=True):
         pending += _send(block.copy_(chunks[peer]), peer, group)
     parts[group.rank].copy_(chunks[group.rank])
     _wait(pending)
@@ -64,16 +67,18 @@ def partials_back(partial: torch.Tensor, counts: Counts, group: OtpGroup) -> tor
     n = group.size
     rows = counts[group.rank]
     hidden = partial.shape[1]
-    received = _empty("returned", (n, rows, hidden), partial, group)
+    partial = partial.contiguous()
     if not group.pairwise:
-        flat = received.view(n * rows, hidden)
-        _all_to_all(flat, partial.contiguous(), (rows,) * n, counts, group)
-        return sum_of(received.unbind())
-    mine = partial.contiguous().split(counts)
-    theirs = list(received)
-    theirs[group.rank] = mine[group.rank]
+        received = partial.new_empty((n * rows, hidden))
+        _all_to_all(received, partial, (rows,) * n, counts, group)
+        return sum_of(received.view(n, rows, hidden).unbind())
+    mine = partial.split(counts)
+    _, blocks = _buffer("returned", (n - 1, rows, hidden), None, partial, group)
+    theirs = list(mine)
+    for block, peer in zip(blocks, group.peers, strict=True):
+        theirs[peer] = block
     pending = _receive(theirs, group)
-    for peer in _peers(group):
+    for peer in group.peers:
         pending += _send(mine[peer], peer, group)
     _wait(pending)
     return sum_of(theirs)
@@ -113,16 +118,11 @@ def _all_to_all(
     )
 
 
-def _peers(group: OtpGroup) -> list[int]:
-    """The other ranks of the group; every rank begins with its right-hand neighbour."""
-    return [(group.rank + step) % group.size for step in range(1, group.size)]
-
-
 def _receive(parts: Sequence[torch.Tensor], group: OtpGroup) -> list[Any]:
     """Begin to receive `parts[peer]`; a part without rows is not sent either."""
     return [
         dist.irecv(parts[peer], group=group.device_group, group_src=peer)
-        for peer in _peers(group)
+        for peer in group.peers
         if parts[peer].numel()
     ]
 
@@ -138,21 +138,37 @@ def _wait(pending: Sequence[Any]) -> None:
         work.wait()
 
 
-def _empty(role: str, shape: tuple[int, ...], like: torch.Tensor, group: OtpGroup) -> torch.Tensor:
-    """An uninitialised tensor of `like`'s dtype; on a CPU in memory that all layers share.
+def _buffer(
+    role: str, shape: tuple[int, ...], rows: Counts | None, like: torch.Tensor, group: OtpGroup
+) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """Uninitialised memory of `like`'s dtype that all layers share, and its parts.
 
-    The allocators of devices reuse memory themselves and give a captured graph its own; a
-    CPU's gives large blocks back to the system and pays a page fault for each 4 KiB again.
+    rows: rows of each part; None: one part for each index of the first dimension.
+
+    Only for a CPU, whose allocator gives large blocks back to the system and pays a page fault
+    for each 4 KiB again. Those of devices keep them, and give a captured graph its own.
     """
+    key = (role, shape, rows, like.dtype)
+    found = group.views.get(key)
+    if found is not None:
+        return found
     size = math.prod(shape)
-    if like.device.type != "cpu" or size * like.element_size() > SCRATCH_BYTES:
-        return like.new_empty(shape)
-    kept = group.scratch.get((role, like.dtype))
-    if kept is None or kept.numel() < size:
-        # Written to in and out of inference mode, so not an inference tensor.
-        with torch.inference_mode(False):
-            kept = group.scratch[role, like.dtype] = torch.empty(size, dtype=like.dtype)
-    return kept[:size].view(shape)
+    keep = size * like.element_size() <= SCRATCH_BYTES
+    # Written to in and out of inference mode, so not inference tensors.
+    with torch.inference_mode(False):
+        memory = group.scratch.get((role, like.dtype)) if keep else None
+        if memory is None or memory.numel() < size:
+            memory = torch.empty(size, dtype=like.dtype)
+            if keep:
+                group.views.clear()
+        whole = memory[:size].view(shape)
+        parts = whole.unbind() if rows is None else whole.split(rows)
+    if keep:
+        group.scratch[role, like.dtype] = memory
+        if len(group.views) >= MOST_VIEWS:
+            group.views.clear()
+        group.views[key] = whole, parts
+    return whole, parts
 
 
 def run(
@@ -173,8 +189,46 @@ def run(
         _compare_places(name, rows.shape[0], group, host)
     counts = row_counts.across_group(rows.shape[0], group, host, name)
     group.exchanges += 1
-    output = partials_back(gemm(rows_out(rows, counts, group)), counts, group)
+    layer = group.layers[name]
+    if (
+        weight_gather.wins(layer.oproj.gather_from, counts)
+        and not host.capturing()
+        and _gather_verified(layer, rows, gemm, group)
+    ):
+        group.gathers += 1
+        output = weight_gather.run(rows, layer, gemm, group)
+    else:
+        output = _exchanged(rows, counts, gemm, group)
     return output.view(*x.shape[:-1], hidden)
+
+
+def _exchanged(x: torch.Tensor, counts: Counts, gemm: Gemm, group: OtpGroup) -> torch.Tensor:
+    return partials_back(gemm(rows_out(x, counts, group)), counts, group)
+
+
+def _gather_verified(layer: Any, like: torch.Tensor, gemm: Gemm, group: OtpGroup) -> bool:
+    """Before the first gather of a layer: does it give what the exchange gives?
+
+    A quant method may keep what belongs to its shard where `weight_gather` does not look. Then
+    the layer is never gathered, on any rank.
+    """
+    if not layer.oproj.gather_verified:
+        columns = like.shape[1]
+        x = torch.arange(8 * columns, device=like.device).sin().view(8, columns).to(like.dtype)
+        expected = _exchanged(x, (8,) * group.size, gemm, group).float()
+        error = (weight_gather.run(x, layer, gemm, group).float() - expected).abs().max()
+        same = bool(error <= 0.02 * expected.abs().max())
+        if not all(row_counts.gather((int(same),), group)[0]):
+            layer.oproj.gather_from = 0
+            logging.getLogger("vllm.oproj_patch").warning(
+                "%s: a gathered weight gives another result with %s; activations are exchanged "
+                "for all row counts instead.",
+                layer.oproj.name,
+                type(layer.quant_method).__name__,
+            )
+            return False
+        layer.oproj.gather_verified = True
+    return True
 
 
 def run_traced(x: torch.Tensor, hidden: int, gemm: Gemm, group: OtpGroup) -> torch.Tensor:

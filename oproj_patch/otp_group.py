@@ -6,14 +6,14 @@ names that begin with `tp` or `pp` get shared memory on the CPU.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -73,10 +73,11 @@ class OtpGroup:
     tp_rank, tp_size: vLLM's own tensor-parallel coordinates of this rank.
     device_group, cpu_group: process groups over `ranks` (the same object on gloo).
     main_layers: how many of `layers` belong to the first model; later ones are a drafter's.
+    complete: no layer built from now on is sharded.
     layer_tp: see `LayerTPGroup`.
     pairwise: exchange by sends between pairs (gloo) instead of one collective call.
-    exchanges: exchanges run so far.
-    scratch: memory that the exchanges of all layers share (CPU only).
+    exchanges: exchanges run so far; gathers: how many of them gathered the weight instead.
+    scratch: memory that all layers share; views: parts of it, for row counts seen before.
     """
 
     ranks: list[int]
@@ -91,14 +92,22 @@ class OtpGroup:
     store_key: str
     pairwise: bool
     exchanges: int = 0
+    gathers: int = 0
     sealed: bool = False
     main_layers: int = 0
+    complete: bool = False
     layers: dict[str, Any] = field(default_factory=dict)
     scratch: dict[Any, torch.Tensor] = field(default_factory=dict)
+    views: dict[Any, tuple[torch.Tensor, Sequence[torch.Tensor]]] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         return len(self.ranks)
+
+    @functools.cached_property
+    def peers(self) -> tuple[int, ...]:
+        """The other ranks of the group, from the right-hand neighbour on."""
+        return tuple((self.rank + step) % self.size for step in range(1, self.size))
 
 
 _current: OtpGroup | None = None
@@ -165,7 +174,7 @@ def create(
             sorted(itertools.chain.from_iterable(dp_groups)),
             record,
             seconds,
-            handshake.same_settings(record, seconds, _address),
+            handshake.same_settings(record, seconds, _host),
         )
     except handshake.RankAbsentError as error:
         _absence = error
@@ -271,15 +280,24 @@ def seal(group: OtpGroup) -> None:
     group.sealed = True
 
 
-@contextmanager
-def layer_tp_group(parallel_state: Any, group: OtpGroup) -> Iterator[None]:
-    """Within it `parallel_state.get_tp_group()` is the sharded layer's own group."""
-    before = parallel_state._TP
-    parallel_state._TP = group.layer_tp
-    try:
-        yield
-    finally:
-        parallel_state._TP = before
+class layer_tp_group:
+    """Within it `parallel_state.get_tp_group()` is the sharded layer's own group.
+
+    A class, because it surrounds every GEMM and a generator costs several microseconds.
+    """
+
+    __slots__ = ("before", "group", "parallel_state")
+
+    def __init__(self, parallel_state: Any, group: OtpGroup) -> None:
+        self.parallel_state = parallel_state
+        self.group = group
+
+    def __enter__(self) -> None:
+        self.before = self.parallel_state._TP
+        self.parallel_state._TP = self.group.layer_tp
+
+    def __exit__(self, *_: object) -> None:
+        self.parallel_state._TP = self.before
 
 
 def _new_groups(
@@ -310,26 +328,27 @@ def _timeout(process_group: Any) -> timedelta | None:
     return timeout
 
 
-def _address(rank: int) -> str | None:
-    """IPv4 address of a rank, as gloo published it for one of vLLM's groups; None if unknown.
+def _host(rank: int) -> str | None:
+    """Host name of a rank, as gloo published it for one of vLLM's groups; None if unknown.
 
-    gloo's record is not documented: an address is taken only where this rank's own record has
-    one in the same place.
+    gloo's record is not documented: it is believed where this rank's own record holds its name.
     """
     world = dist.distributed_c10d._world
-    for process_group, (backend, keys) in world.pg_map.items():
+    for process_group, (_, keys) in world.pg_map.items():
         members = world.pg_group_ranks[process_group]
-        if backend != "gloo" or rank not in members or dist.get_rank() not in members:
+        if rank not in members or dist.get_rank() not in members:
             continue
         names = [f"cpu//0/{members[r]}" for r in (dist.get_rank(), rank)]
-        if not keys.check(names):
-            continue
-        mine, theirs = (keys.get(name) for name in names)
-        family = socket.AF_INET.to_bytes(2, sys.byteorder)
-        for start in range(8, min(len(mine), len(theirs)) - 8, 8):
-            if mine[start : start + 2] == theirs[start : start + 2] == family:
-                return socket.inet_ntoa(theirs[start + 4 : start + 8])
+        if keys.check(names):
+            mine, theirs = (_leading_text(keys.get(name)) for name in names)
+            return theirs if mine == socket.gethostname() else None
     return None
+
+
+def _leading_text(record: bytes) -> str:
+    """A text with its length before it, in the machine's integers of 8 bytes."""
+    length = int.from_bytes(record[:8], sys.byteorder)
+    return record[8 : 8 + length].decode(errors="replace")
 
 
 def _containing(groups: Sequence[Sequence[int]], rank: int) -> list[int]:

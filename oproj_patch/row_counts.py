@@ -97,6 +97,13 @@ class HostForward:
         """Whether the host's compiler needs a forward of plain collectives, without our op."""
         return False
 
+    def drafter_in_step(self) -> bool:
+        """Whether a drafter runs equally often on every rank, idle or near its length limit.
+
+        If not, its layers are left alone: a rank that skips an exchange stops the others.
+        """
+        return True
+
     def label_type(self) -> type:
         """Type in which the custom op takes a layer's name."""
         return str

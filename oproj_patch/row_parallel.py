@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import exchange, otp_group, topology
+from . import exchange, otp_group, topology, weight_gather
 from ._version import __version__
 from .errors import OprojError, OprojValueError
 from .otp_group import OtpGroup
@@ -47,6 +47,8 @@ class Shard:
     traceable: a graph compiler traces the layer as plain collectives, see `HostForward`.
     kept, saved: bytes of the parameters on this rank, and what the unsharded layer had more.
     shapes: parameter name -> shape on this rank, before the host re-packs it.
+    gather_from: rows on every rank from which the weight is gathered (0: never), and whether
+        that has been seen to give what the exchange gives; see `weight_gather`.
     """
 
     name: str
@@ -58,6 +60,8 @@ class Shard:
     saved: int = 0
     shapes: dict[str, tuple[int, ...]] | None = None
     description: str = ""
+    gather_from: int = 0
+    gather_verified: bool = False
 
 
 class ShardedMixin:
@@ -110,6 +114,8 @@ def construct(
 
 def require_sharded(owner: Any, prefix: str) -> None:
     """Raise OprojError unless the attention module `owner` got a sharded `o_proj`."""
+    if otp_group.require(prefix).complete:
+        return
     layer = getattr(owner, "o_proj", None)
     if not isinstance(layer, ShardedMixin):
         raise OprojError(
@@ -137,7 +143,7 @@ def summary(group: OtpGroup) -> str:
     return (
         f"oproj_patch {__version__}: o_proj sharded {group.size}-way over ranks {group.ranks}: "
         f"{len(group.layers)} layers, {(kept + saved) / gib:.3f} GiB -> {kept / gib:.3f} GiB on "
-        f"this rank (saved {saved / gib:.3f} GiB)"
+        f"this rank (saved {saved / gib:.3f} GiB){weight_gather.summary(group)}"
     )
 
 
@@ -200,7 +206,7 @@ def _forward(self: Any, input_: torch.Tensor, *_: Any, **__: Any) -> Any:
         gemm = functools.partial(_apply_traced, self)
         output = exchange.run_traced(input_, self.output_size, gemm, group)
     else:
-        output = torch.ops.oproj_patch.o_proj(
+        output = torch.ops.oproj_patch.o_proj.default(
             input_, self.oproj.label(self.oproj.name), self.output_size
         )
     if self.reduce_results and group.tp_size > 1:
@@ -215,6 +221,7 @@ def _run_by_name(host: HostForward, x: torch.Tensor, name: str, hidden: int) -> 
     group = otp_group.require(name)
     layer = group.layers[name]
     if not group.sealed:
+        weight_gather.prepare(group)
         host.seal(group)
     return exchange.run(x, name, hidden, functools.partial(_apply, layer), group, host)
 

@@ -12,8 +12,9 @@ TOGGLE = "OPROJ_TENSOR_PARALLEL_SIZE"
 DEBUG = "OPROJ_PATCH_DEBUG"
 SKIP_VERSION_CHECK = "OPROJ_PATCH_SKIP_VERSION_CHECK"
 HANDSHAKE_SECONDS = "OPROJ_PATCH_HANDSHAKE_SECONDS"
+WEIGHT_GATHER_ROWS = "OPROJ_WEIGHT_GATHER_ROWS"
 
-VARIABLES = (TOGGLE, DEBUG, SKIP_VERSION_CHECK, HANDSHAKE_SECONDS)
+VARIABLES = (TOGGLE, DEBUG, SKIP_VERSION_CHECK, HANDSHAKE_SECONDS, WEIGHT_GATHER_ROWS)
 """Every variable the package reads; launchers must carry them to the workers."""
 
 
@@ -27,6 +28,8 @@ class Settings:
     debug: compare (layer, step, rows) before each exchange.
     skip_version_check: accept an untested release of the host.
     handshake_seconds: deadline of the hand-shake, in seconds.
+    weight_gather_rows: rows on every rank from which weights are gathered instead of
+        activations exchanged; 0 never; None where that moves fewer bytes.
     """
 
     size: int = 0
@@ -34,6 +37,7 @@ class Settings:
     debug: bool = False
     skip_version_check: bool = False
     handshake_seconds: float = 60.0
+    weight_gather_rows: int | None = None
 
     @property
     def enabled(self) -> bool:
@@ -89,6 +93,19 @@ def _seconds(environ: Mapping[str, str], name: str, default: float) -> float:
     return seconds
 
 
+def _rows(environ: Mapping[str, str], name: str) -> int | None:
+    value = environ.get(name, "").strip()
+    if not value:
+        return None
+    if not (value.isascii() and value.isdigit()) or len(value) > 9:
+        raise OprojValueError(
+            "OPROJ002",
+            f"{name} is {value!r}; accepted are 0 (never gather weights) and a number of rows: "
+            "set one or unset it.",
+        )
+    return int(value)
+
+
 def read(environ: Mapping[str, str] | None = None) -> Settings:
     """Settings from `environ` (default: this process's).
 
@@ -102,4 +119,5 @@ def read(environ: Mapping[str, str] | None = None) -> Settings:
         debug=_flag(env, DEBUG),
         skip_version_check=_flag(env, SKIP_VERSION_CHECK),
         handshake_seconds=_seconds(env, HANDSHAKE_SECONDS, 60.0),
+        weight_gather_rows=_rows(env, WEIGHT_GATHER_ROWS),
     )

@@ -59,7 +59,7 @@ def test_a_real_server_shows_its_workers_on_metrics(tmp_path: Path) -> None:
     )
     with (
         serve(config) as server,
-        urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as got,
+        urllib.request.urlopen(f"{server.base_url}/metrics", timeout=30) as got,
     ):
         page = got.read().decode()
     shown = {

@@ -194,9 +194,9 @@ def _split(command: Sequence[str]) -> tuple[dict[str, str], list[str]]:
             return assignments, rest[3:]
     raise OprojValueError(
         "OPROJ018",
-        f"doctor was given the command {' '.join(rest[:4])[:80]!r}; accepted after -- are 'vllm serve "
-        "...' and 'python -m vllm.entrypoints.openai.api_server ...', after any NAME=value: give "
-        "one of these or leave the command away",
+        f"doctor was given the command {' '.join(rest[:4])[:80]!r}; accepted after -- are "
+        "'vllm serve ...' and 'python -m vllm.entrypoints.openai.api_server ...', after any "
+        "NAME=value: give one of these or leave the command away",
     )
 
 

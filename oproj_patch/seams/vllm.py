@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from .. import metrics, otp_group, refusals, row_parallel
+from .. import metrics, otp_group, refusals, releases, row_parallel
 from .._version import __version__
 from ..errors import OprojError
 from ..otp_group import OtpGroup
@@ -29,6 +29,9 @@ LOADER = "vllm.model_executor.model_loader.base_loader"
 class Forward(HostForward):
     """What upstream vLLM tells about a forward pass."""
 
+    _metadata: Any = None
+    _counts: Counts | None = None
+
     def context(self, layer: str) -> Any:
         from vllm import forward_context
 
@@ -37,10 +40,24 @@ class Forward(HostForward):
     def announced(self, group: OtpGroup) -> Counts | None:
         """Synchronised counts of `ForwardContext.dp_metadata`, read from vLLM 0.11 to 0.32."""
         metadata = getattr(self.context(""), "dp_metadata", None)
+        if metadata is not None and metadata is self._metadata:
+            return self._counts
         counts = getattr(metadata, "num_tokens_across_dp_cpu", None)
         if counts is None:
             return None
-        return tuple(counts[group.dp_start : group.dp_start + group.size].tolist())
+        # vLLM makes one such object for each forward pass; all layers of it read the same.
+        self._counts = tuple(counts[group.dp_start : group.dp_start + group.size].tolist())
+        self._metadata = metadata
+        return self._counts
+
+    def drafter_in_step(self) -> bool:
+        """Since vLLM 0.25. Before, a rank whose input does not fit its drafter skips it.
+
+        And up to 0.11 an idle rank runs it once, the others once a speculative token.
+        """
+        from ..hosts import vllm_version
+
+        return releases.in_range(vllm_version(), "0.25")
 
     def label_type(self) -> type:
         """vLLM's opaque type for layer names, where torch and the release have it (from 0.20)."""
@@ -103,6 +120,7 @@ def seams(
         group = otp_group.require("the model")
         row_parallel.check_model(model, group)
         group.main_layers = group.main_layers or len(group.layers)
+        group.complete = not host.drafter_in_step()
         return model
 
     def config_hashed(wrapped: Any, _: Any, args: Any, kwargs: Any) -> str:
@@ -190,6 +208,9 @@ def constructor(host: HostForward) -> Callable[..., None]:
         from vllm.distributed import parallel_state
 
         group = otp_group.require(prefix)
+        if group.complete:
+            wrapped(*args, **kwargs)
+            return
         row_parallel.construct(wrapped, instance, args, kwargs, group, parallel_state, host)
 
     return linear_constructed

@@ -59,6 +59,9 @@ class Forward(vllm.Forward):
         # differs from rank to rank.
         return None
 
+    def drafter_in_step(self) -> bool:
+        return True
+
     def traceable(self) -> bool:
         return _torchair() is not None
 

@@ -12,9 +12,12 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from .world import whole
 
 # DeepSeek's architecture; every layer has an ordinary MLP, but the configuration is that of a
 # mixture-of-experts model, so the ranks run in lock step.
@@ -135,21 +138,195 @@ def worker(
             parallel_state.destroy_distributed_environment()
 
 
-def probe(model: str, dp: int, **engine: Any) -> dict[str, Any]:
+def kernels() -> None:
+    """Single NPU kernels of the layers around attention, in plain torch."""
+    import torch_npu
+
+    def rms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+    def npu_rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float = 1e-6) -> Any:
+        return rms(x, weight, epsilon), None
+
+    def npu_add_rms_norm(
+        x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float = 1e-6
+    ) -> Any:
+        total = x + residual
+        return rms(total, weight, epsilon), None, total
+
+    def npu_swiglu(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        gate, up = x.chunk(2, dim)
+        return torch.nn.functional.silu(gate) * up
+
+    torch_npu.npu_rms_norm = npu_rms_norm
+    torch_npu.npu_add_rms_norm = npu_add_rms_norm
+    torch_npu.npu_swiglu = npu_swiglu
+
+
+def build(config: Any) -> Any:
+    """The real model, with a synthetic checkpoint through its own `load_weights`."""
+    from vllm.model_executor.model_loader import base_loader
+
+    model = base_loader.initialize_model(config)
+    model.load_weights(checkpoint(config.model_config.hf_config))
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if hasattr(method, "process_weights_after_loading"):
+            method.process_weights_after_loading(module)
+    return model
+
+
+def checkpoint(hf: Any) -> list[tuple[str, torch.Tensor]]:
+    """Every tensor of a DeepSeek checkpoint without experts, the same on every rank."""
+    heads, hidden = hf.num_attention_heads, hf.hidden_size
+    wide = hf.qk_nope_head_dim + hf.qk_rope_head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (hf.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (hf.vocab_size, hidden),
+    }
+    for index in range(hf.num_hidden_layers):
+        layer = f"model.layers.{index}"
+        shapes |= {
+            f"{layer}.input_layernorm.weight": (hidden,),
+            f"{layer}.post_attention_layernorm.weight": (hidden,),
+            f"{layer}.mlp.gate_proj.weight": (hf.intermediate_size, hidden),
+            f"{layer}.mlp.up_proj.weight": (hf.intermediate_size, hidden),
+            f"{layer}.mlp.down_proj.weight": (hidden, hf.intermediate_size),
+            f"{layer}.self_attn.q_a_proj.weight": (hf.q_lora_rank, hidden),
+            f"{layer}.self_attn.q_a_layernorm.weight": (hf.q_lora_rank,),
+            f"{layer}.self_attn.q_b_proj.weight": (heads * wide, hf.q_lora_rank),
+            f"{layer}.self_attn.kv_a_proj_with_mqa.weight": (
+                hf.kv_lora_rank + hf.qk_rope_head_dim,
+                hidden,
+            ),
+            f"{layer}.self_attn.kv_a_layernorm.weight": (hf.kv_lora_rank,),
+            f"{layer}.self_attn.kv_b_proj.weight": (
+                heads * (hf.qk_nope_head_dim + hf.v_head_dim),
+                hf.kv_lora_rank,
+            ),
+            f"{layer}.self_attn.o_proj.weight": (hidden, heads * hf.v_head_dim),
+        }
+    return [
+        (name, whole(shape[0], shape[-1], torch.float32, seed=place)[: shape[0]])
+        if len(shape) == 2
+        else (name, torch.ones(shape))
+        for place, (name, shape) in enumerate(sorted(shapes.items()))
+    ]
+
+
+class Attention:
+    """Stands in for the kernels between an MLA implementation's input and its o_proj."""
+
+    def __init__(self, layer: Any, impl: Any, hidden: int) -> None:
+        self.columns = impl.num_heads * impl.v_head_dim
+        self.mix = whole(self.columns, hidden, torch.float32, seed=7)
+        layer.kv_cache = [(torch.empty(1, 1), torch.empty(1, 1))]
+        impl._mla_preprocess = self.preprocess
+        impl._forward_decode = self.decode
+
+    def preprocess(self, _: Any, hidden_states: torch.Tensor, *__: Any, **___: Any) -> Any:
+        return SimpleNamespace(
+            ql_nope=hidden_states, q_pe=None, k_nope=None, k_pe=None, dequant_scale_q_nope=None
+        ), None
+
+    def decode(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states @ self.mix.t()
+
+
+def metadata(rows: int) -> Any:
+    """Of a batch of `rows` decoding requests, as far as the implementations' forward reads it."""
+    return SimpleNamespace(
+        num_actual_tokens=rows,
+        num_input_tokens=rows,
+        num_decodes=rows,
+        num_prefills=0,
+        num_decode_tokens=rows,
+        attn_state=None,
+        prefill=None,
+        decode=SimpleNamespace(),
+    )
+
+
+def forward(model: Any, config: Any, rows: int, idle: bool, profile: bool = False) -> Any:
+    """One forward pass of the real model in vllm-ascend's own context."""
+    from vllm_ascend.ascend_forward_context import set_ascend_forward_context
+
+    names = [n for n, m in model.named_modules() if hasattr(m, "impl")]
+    told = None if idle else {name: metadata(rows) for name in names}
+    dp = config.parallel_config.data_parallel_size
+    # Made up, as where vllm-ascend skips its synchronisation: every entry is this rank's own.
+    across = torch.full((dp,), rows, dtype=torch.int32)
+    given: dict[str, Any] = {"num_tokens": rows, "num_tokens_across_dp": across}
+    if profile:
+        given["in_profile_run"] = True
+    with torch.inference_mode(), set_ascend_forward_context(told, config, **given):
+        tokens = torch.arange(rows) % 8
+        return model(tokens, tokens, None)
+
+
+def steps(model: str, dp: int, plan: list[list[int]], **engine: Any) -> dict[str, Any]:
+    """The real model under `plan[step][rank]` rows; 0 is an idle rank, -n a profile run of n.
+
+    Returns the errors against the same model with whole o_proj weights.
+    """
     import oproj_patch
 
     with worker(model, dp, **engine) as config:
-        from vllm.model_executor.model_loader.utils import initialize_model
-
-        from vllm.model_executor.model_loader import base_loader
-
-        built = base_loader.initialize_model(config)
-        attention = built.model.layers[0].self_attn
-        status = oproj_patch.status()
-        return {
-            "class": type(attention.o_proj).__name__,
-            "shape": list(attention.o_proj.weight.shape),
-            "impl": type(attention.mla_attn.mla_attn.impl).__name__,
-            "seams": list(status.seams),
-            "layers": status.layers,
+        kernels()
+        built = build(config)
+        hf = config.model_config.hf_config
+        full = dict(checkpoint(hf))
+        for module in built.modules():
+            if hasattr(module, "impl"):
+                Attention(module, module.impl, hf.hidden_size)
+        mine = config.parallel_config.data_parallel_rank
+        layers = [layer.self_attn for layer in built.model.layers]
+        chunk = [attention.o_proj.weight.shape[1] for attention in layers]
+        result: dict[str, Any] = {
+            "class": type(layers[0].o_proj).__name__,
+            "shapes": [list(attention.o_proj.weight.shape) for attention in layers],
+            "exact": [
+                torch.equal(
+                    attention.o_proj.weight,
+                    full[f"model.layers.{index}.self_attn.o_proj.weight"][
+                        :, mine * chunk[index] : (mine + 1) * chunk[index]
+                    ],
+                )
+                for index, attention in enumerate(layers)
+            ],
+            "errors": [],
+            "scales": [],
         }
+        outputs = []
+        for counts in plan:
+            count = counts[mine]
+            outputs.append(
+                forward(built, config, abs(count) or 1, idle=count <= 0, profile=count < 0)
+            )
+        status = oproj_patch.status()
+        result |= {"exchanges": status.exchanges, "layers": status.layers}
+        for index, attention in enumerate(layers):
+            unsharded(attention.o_proj, full[f"model.layers.{index}.self_attn.o_proj.weight"])
+        for counts, output in zip(plan, outputs, strict=True):
+            count = counts[mine]
+            expected = forward(built, config, abs(count) or 1, idle=count <= 0, profile=count < 0)
+            result["errors"].append(float((output - expected).abs().max()))
+            result["scales"].append(float(expected.abs().max()))
+        return result
+
+
+def unsharded(layer: Any, weight: torch.Tensor) -> None:
+    """Let `layer` run with the whole weight and without any exchange."""
+    from oproj_patch.row_parallel import ShardedMixin
+
+    cls = type(layer)
+    host = next(base for base in cls.__mro__[1:] if not issubclass(base, ShardedMixin)
+                and base is not ShardedMixin)
+
+    def plain(self: Any, x: torch.Tensor, *_: Any, **__: Any) -> Any:
+        output = torch.nn.functional.linear(x, weight)
+        return (output, None) if self.return_bias else output
+
+    layer.__class__ = type(cls.__name__, (host,), {"forward": plain})

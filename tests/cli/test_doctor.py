@@ -18,6 +18,8 @@ from oproj_patch import __version__
 from oproj_patch.cli import demo_model, main
 from oproj_patch.errors import CODES
 
+from . import tiny
+
 ROOT = Path(__file__).resolve().parents[2]
 TOGGLE = "OPROJ_TENSOR_PARALLEL_SIZE"
 SECONDS = 300
@@ -57,25 +59,8 @@ def text(report: dict[str, Any], check: str) -> str:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A directory with the demo model's config.json: no weights are needed to refuse."""
     pytest.importorskip("transformers")
-    directory = tmp_path_factory.mktemp("model")
-    code = (
-        "import sys; from pathlib import Path; from oproj_patch.cli import demo_model; "
-        "demo_model._config('dense', False).save_pretrained(sys.argv[1]); "
-        "demo_model._write_tokenizer(Path(sys.argv[1]))"
-    )
-    subprocess.run(
-        [sys.executable, "-c", code, str(directory)],
-        env=environment(),
-        cwd=ROOT,
-        check=True,
-        timeout=SECONDS,
-    )
-    path = directory / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"architectures": ["DeepseekV3ForCausalLM"]}))
-    return str(directory)
+    return tiny.make(tmp_path_factory.mktemp("model"))
 
 
 def serve(model: str, *options: str) -> list[str]:

@@ -1,4 +1,7 @@
-"""Run the tests of one host, or of all: python -m tests.hosts.run [vllm|ascend VERSION [PYTEST OPTIONS]]."""
+"""Run the tests of one host, or of all.
+
+python -m tests.hosts.run [vllm|ascend VERSION [PYTEST OPTIONS]]
+"""
 
 from __future__ import annotations
 

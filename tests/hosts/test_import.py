@@ -26,11 +26,11 @@ _VLLM = (
 )
 _ROW_PARALLEL = "vllm.model_executor.layers.linear.RowParallelLinear"
 # (first release, last release, MODULE:NAME) of what vllm-ascend builds, calls or wraps o_proj with.
-# The worker comes first, as in production: 0.23 has import cycles that begin elsewhere.
+# The worker comes first, as in production: 0.23 cannot begin with model_runner_v1 or attention.
 _ASCEND: tuple[tuple[str, str | None, str], ...] = (
-    ("0.9.1", None, "vllm_ascend.worker.model_runner_v1:NPUModelRunner._dummy_run"),
     ("0.9.1", "0.11.0", "vllm_ascend.worker.worker_v1:NPUWorker.execute_dummy_batch"),
     ("0.13.0", None, "vllm_ascend.worker.worker:NPUWorker.execute_dummy_batch"),
+    ("0.9.1", None, "vllm_ascend.worker.model_runner_v1:NPUModelRunner._dummy_run"),
     ("0.9.1", None, "vllm_ascend.attention.mla_v1:AscendMLAImpl.forward"),
     ("0.11.0", None, "vllm_ascend.attention.sfa_v1:AscendSFAImpl.forward"),
     ("0.23.0", None, "vllm_ascend.attention.dsa_v1:AscendDSAImpl.forward"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from oproj_patch.releases import ASCEND_RELEASES, VLLM_RELEASES, in_range, parse, tested_as
+from oproj_patch import releases
+from oproj_patch.releases import ASCEND_RELEASES, VLLM_RELEASES, in_range, parse
 
 
 @pytest.mark.parametrize(
@@ -33,8 +34,8 @@ def test_parse_refuses(version: str) -> None:
 
 
 def test_releases_are_in_order_and_distinct() -> None:
-    for releases in (VLLM_RELEASES, tuple(ASCEND_RELEASES)):
-        numbers = [parse(release) for release in releases]
+    for listed in (VLLM_RELEASES, tuple(ASCEND_RELEASES)):
+        numbers = [parse(release) for release in listed]
         assert numbers == sorted(set(numbers))
     assert len(VLLM_RELEASES) == 28
     assert {pair.vllm for pair in ASCEND_RELEASES.values()} <= set(VLLM_RELEASES)
@@ -49,6 +50,6 @@ def test_range_has_both_ends() -> None:
 
 
 def test_tested_as() -> None:
-    assert tested_as("0.32.0+cpu", VLLM_RELEASES) == "0.32.0"
-    assert tested_as("0.23.0.post1", ASCEND_RELEASES) == "0.23.0"
-    assert tested_as("0.33.0", VLLM_RELEASES) is None
+    assert releases.tested_as("0.32.0+cpu", VLLM_RELEASES) == "0.32.0"
+    assert releases.tested_as("0.23.0.post1", ASCEND_RELEASES) == "0.23.0"
+    assert releases.tested_as("0.33.0", VLLM_RELEASES) is None

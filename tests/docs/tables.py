@@ -1,0 +1,72 @@
+"""The tables of the documents that are made from the code.
+
+    python -m tests.docs.tables FILE...
+
+writes each table anew between its markers, `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from oproj_patch.releases import ASCEND_RELEASES, VLLM_RELEASES
+from oproj_patch.seams.registry import Seam
+from oproj_patch.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def seams() -> str:
+    """The seam inventory: every symbol of every host; symbols with one explanation share a row."""
+    from oproj_patch.seams import vllm, vllm_ascend
+
+    versions = {"vllm": VLLM_RELEASES[-1], "vllm-ascend": [*ASCEND_RELEASES][-1]}
+    upstream = vllm.seams(Settings(size=2), versions)
+    ascend = vllm_ascend.registry(vllm_ascend.Forward())
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for host, releases, registry in (
+        ("vLLM", VLLM_RELEASES, upstream),
+        ("vllm-ascend", ASCEND_RELEASES, ascend),
+    ):
+        for seam in registry:
+            told = (seam.why, seam.lower, seam.unpatched, seam.remove)
+            rows.setdefault((host, *told), []).append(_symbol(seam, tuple(releases)))
+    head = ("host", "symbols", "why", "why not lower", "without it", "goes when")
+    cells = [(host, "<br>".join(symbols), *told) for (host, *told), symbols in rows.items()]
+    return _table(head, cells)
+
+
+def _symbol(seam: Seam, releases: tuple[str, ...]) -> str:
+    since, until = seam.since or releases[0], seam.until or releases[-1]
+    return f"`{seam.symbol}` ({since if since == until else f'{since} to {until}'})"
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.rstrip('.') for cell in line)} |" for line in lines)
+
+
+TABLES: Mapping[str, Callable[[], str]] = {"seams": seams}
+
+
+def rewritten(text: str) -> str:
+    """`text` with the table between each pair of markers made anew."""
+    for name, make in TABLES.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if begin in text:
+            pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+            table = f"{begin}\n{make()}\n{end}"
+            text = pattern.sub(lambda _, table=table: table, text, count=1)  # type: ignore[misc]
+    return text
+
+
+def main(paths: Iterable[str]) -> None:
+    for path in map(Path, paths):
+        path.write_text(rewritten(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

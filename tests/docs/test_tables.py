@@ -1,0 +1,97 @@
+"""What the documents repeat from the code is what the code says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from oproj_patch import __version__, settings
+from oproj_patch.errors import CODES
+
+from .tables import ROOT, TABLES, rewritten
+
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_tables_are_up_to_date(path: Path) -> None:
+    pytest.importorskip("torch")
+    text = path.read_text(encoding="utf-8")
+    assert rewritten(text) == text, f"python -m tests.docs.tables {path.relative_to(ROOT)}"
+
+
+def test_every_table_is_in_a_document() -> None:
+    together = "".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+    for name in TABLES:
+        assert f"<!-- {name}:begin -->" in together
+
+
+def test_every_code_is_documented_with_cause_and_remedy() -> None:
+    text = read("docs/troubleshooting.md")
+    told = {
+        code: " ".join(meaning.split()).rstrip(".")
+        for code, meaning in re.findall(
+            r"^### (\S+)\n\n\*(.+?)\*\n", text, re.MULTILINE | re.DOTALL
+        )
+    }
+    capitalised = {code: meaning[0].lower() + meaning[1:] for code, meaning in told.items()}
+    assert capitalised == {
+        code: meaning[0].lower() + meaning[1:] for code, meaning in CODES.items()
+    }
+    sections = re.split(r"^### ", text, flags=re.MULTILINE)[1:]
+    for section in sections:
+        assert section.count("\n- Cause: ") == 1, section[:9]
+        assert section.count("\n- Remedy: ") == 1, section[:9]
+
+
+def test_every_code_in_the_source_is_in_the_list_and_used() -> None:
+    source = "".join(
+        path.read_text(encoding="utf-8")
+        for path in (ROOT / "oproj_patch").rglob("*.py")
+        if path.name != "errors.py"
+    )
+    assert set(re.findall(r'"(OPROJ\d{3})"', source)) == set(CODES)
+
+
+def test_every_variable_is_in_the_operating_guide() -> None:
+    rows = re.findall(r"^\| `(OPROJ_\w+)` \|", read("docs/operating.md"), re.MULTILINE)
+    assert tuple(rows) == settings.VARIABLES
+
+
+def test_every_metric_is_in_the_operating_guide() -> None:
+    source = read("oproj_patch/metrics.py")
+    gauges = re.findall(r'\("(\w+)", "', source)
+    documented = set(re.findall(r"`oproj_patch_(\w+)`", read("docs/operating.md")))
+    assert {*gauges, "exchanges_total"} == documented - {"patch"}
+
+
+def test_changelog_has_this_version() -> None:
+    versions = re.findall(r"^## \[(.+?)\]", read("CHANGELOG.md"), re.MULTILINE)
+    assert versions[0] == "Unreleased"
+    assert versions[1] == __version__
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", text)
+    for target in (a or b for a, b in targets):
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        # The draft of the README lies in docs/, but is written for the top level.
+        base = ROOT if path.name == "README-draft.md" else path.parent
+        linked = base / file if file else path
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = [
+                re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings
+            ]
+            assert anchor in anchors, target
