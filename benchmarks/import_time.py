@@ -21,8 +21,7 @@ TURNS = 41
 def milliseconds(code: str) -> float:
     environment = {k: v for k, v in os.environ.items() if k != "OPROJ_TENSOR_PARALLEL_SIZE"}
     start = time.perf_counter()
-    # -S: what site-packages load at start differs between installations and is not ours.
-    subprocess.run([sys.executable, "-S", "-c", code], check=True, env=environment, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=ROOT)
     return (time.perf_counter() - start) * 1e3
 
 

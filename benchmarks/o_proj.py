@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {"r1": (16384, 7168), "small": (2048, 512)}
 """Name -> (input columns K, hidden)."""
 CONTENDERS = ("unsharded", "gemm", "builtin", "oproj_patch")
-SECONDS_PER_CASE = 12.0
+SECONDS_PER_CASE = 8.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,10 @@ FULL = (
         for ranks in (2, 4, 8)
         for dtype in ("float32", "bfloat16")
     ),
-    Run("r1", 8, "bfloat16", equal(8, (24, 1024, 4096)), gemm=False),
+    *(
+        Run("r1", ranks, "bfloat16", equal(ranks, (24, 1024, 4096)), gemm=False)
+        for ranks in (2, 4, 8)
+    ),
 )
 
 
@@ -110,9 +113,12 @@ def measure(
                 del calls["builtin"]
             if not gemm:
                 del calls["unsharded"], calls["gemm"]
+                calls["weight_gather"] = functools.partial(_gather, layers["oproj_patch"])
             with _forward_context(config, rank, case):
                 sent = {
-                    name: _bytes_sent(calls[name], ranks, rank) for name in clock if name in calls
+                    name: _bytes_sent(call, ranks, rank)
+                    for name, call in calls.items()
+                    if name not in ("unsharded", "gemm")
                 }
                 errors = _errors(calls, x, layers["whole"]) if _checks(case, gemm, dtype) else {}
                 times, outside = _time(calls, clock, seconds)
@@ -148,6 +154,8 @@ def _layers(
         else:
             layer.weight.data.random_(-127, 127)
             layer.weight_scale.data.fill_(0.01)
+        # vLLM's own switch: leave the weight where it can be read, and gathered.
+        layer._cpu_skip_gemm_dispatch = not gemm
         layer.quant_method.process_weights_after_loading(layer)
         return layer
 
@@ -182,6 +190,13 @@ def _int8_config() -> Any:
             },
         }
     )
+
+
+def _gather(layer: Any) -> Any:
+    """Fetch the other ranks' shards, without the GEMM."""
+    from oproj_patch import weight_gather
+
+    return weight_gather._gather(layer, layer.oproj.group)
 
 
 def _nothing(result: Any, *_: Any) -> Any:
@@ -417,7 +432,7 @@ def summarise(run: Run, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "ranks": run.ranks,
                 "dtype": run.dtype,
                 "gemm_left_out": not run.gemm,
-                "seconds": {name: seconds.get(name) for name in CONTENDERS},
+                "seconds": {**dict.fromkeys(CONTENDERS), **seconds},
                 "quartiles": {
                     name: statistics.quantiles(values, n=4)[::2] for name, values in slowest.items()
                 },
@@ -441,7 +456,7 @@ def ratio(values: dict[str, Any]) -> float | None:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The results as a Markdown table; times in milliseconds."""
+    """The results as Markdown tables; times in milliseconds, bytes in MiB."""
 
     def ms(value: float | None) -> str:
         return "-" if value is None else f"{value * 1e3:.3g}" if value < 1 else f"{value * 1e3:.0f}"
@@ -449,28 +464,42 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     def number(value: float | None, digits: int = 2) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
 
-    lines = [
+    def mib(value: float | None) -> str:
+        return "-" if value is None else f"{value / (1 << 20):.3g}"
+
+    whole = [
         "| shape | N | dtype | rows | unsharded | GEMM alone | builtin | oproj_patch "
         "| total, ours/builtin | communication | outside the GEMM | bytes / minimum |",
         "|" + " --- |" * 12,
     ]
+    parts = [
+        "| shape | N | dtype | rows | builtin | oproj_patch | weight gather | ours/builtin "
+        "| MiB sent: builtin | oproj_patch | weight gather |",
+        "|" + " --- |" * 11,
+    ]
     for result in results:
-        counts = result["counts"]
+        counts, seconds = result["counts"], result["seconds"]
         rows = counts[0] if len(set(counts)) == 1 else "+".join(map(str, counts))
         sent = result["bytes_sent"]
-        cells = [
-            result["shape"],
-            result["ranks"],
-            result["dtype"],
-            rows,
-            *(ms(result["seconds"][name]) for name in CONTENDERS),
-            number(ratio(result["seconds"])),
-            number(ratio(result["communication"])),
-            number(ratio(result["outside_gemm"])),
-            number(sent["oproj_patch"] / sent["minimum"], 3),
-        ]
+        cells = [result["shape"], result["ranks"], result["dtype"], rows]
+        if result["gemm_left_out"]:
+            names = ("builtin", "oproj_patch", "weight_gather")
+            cells += [ms(seconds[name]) for name in names]
+            cells += [number(ratio(seconds)), *(mib(sent[name]) for name in names)]
+        else:
+            cells += [ms(seconds[name]) for name in CONTENDERS]
+            cells += [
+                number(ratio(seconds)),
+                number(ratio(result["communication"])),
+                number(ratio(result["outside_gemm"])),
+                number(sent["oproj_patch"] / sent["minimum"], 3),
+            ]
+        lines = parts if result["gemm_left_out"] else whole
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+    title = "\n\nCommunication alone (no GEMM); bytes of the whole group:\n\n"
+    return title.join(
+        "\n".join(lines) for lines in (whole, parts) if len(lines) > 2 or lines is whole
+    )
 
 
 def plot(results: Sequence[dict[str, Any]], path: str) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 
+TYPE_CHECKING = False  # what type checkers know `typing`'s as; importing that costs milliseconds
 if TYPE_CHECKING:
+    from typing import Any
+
     from .api import Status, disable, enable, status
     from .errors import OprojError, OprojValueError
 

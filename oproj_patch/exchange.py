@@ -189,6 +189,7 @@ def run(
         _compare_places(name, rows.shape[0], group, host)
     counts = row_counts.across_group(rows.shape[0], group, host, name)
     group.exchanges += 1
+    group.rows += counts[group.rank]
     layer = group.layers[name]
     if (
         weight_gather.wins(layer.oproj.gather_from, counts)
@@ -196,6 +197,7 @@ def run(
         and _gather_verified(layer, rows, gemm, group)
     ):
         group.gathers += 1
+        group.gathered_rows += counts[group.rank]
         output = weight_gather.run(rows, layer, gemm, group)
     else:
         output = _exchanged(rows, counts, gemm, group)

@@ -15,6 +15,7 @@ import functools
 import os
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 
 from . import otp_group, row_parallel
@@ -23,7 +24,9 @@ from .otp_group import OtpGroup
 SECONDS = 5.0
 """How often the counters are read."""
 
-Publish = Callable[[OtpGroup], None]
+Counted = defaultdict[tuple[str, str], int]
+"""What has been added to the counters for a group, by (counter, scheme)."""
+Publish = Callable[[OtpGroup, Counted], None]
 
 
 def start(group: OtpGroup) -> None:
@@ -31,19 +34,23 @@ def start(group: OtpGroup) -> None:
     publish = _publisher()
     if publish is None:
         return
-    publish(group)
+    counted: Counted = defaultdict(int)
+    publish(group, counted)
     threading.Thread(
-        target=_repeat, args=(publish, weakref.ref(group)), name="oproj_patch-metrics", daemon=True
+        target=_repeat,
+        args=(publish, weakref.ref(group), counted),
+        name="oproj_patch-metrics",
+        daemon=True,
     ).start()
 
 
-def _repeat(publish: Publish, group: weakref.ref[OtpGroup]) -> None:
+def _repeat(publish: Publish, group: weakref.ref[OtpGroup], counted: Counted) -> None:
     never = threading.Event()
     while not never.wait(SECONDS):
         alive = group()
         if alive is None or alive is not otp_group.current():
             return
-        publish(alive)
+        publish(alive, counted)
         del alive
 
 
@@ -69,13 +76,15 @@ def _publisher() -> Publish | None:
             ("saved_bytes", "Bytes that the unsharded o_proj layers would take in addition."),
         )
     }
-    exchanges = Counter(
-        "oproj_patch_exchanges", "Exchanges run; a graph replay is not counted.", ["rank"]
-    )
-    counted = 0
+    counters = {
+        name: Counter(f"oproj_patch_{name}", text, ["rank", "scheme"])
+        for name, text in (
+            ("exchanges", "Times that a layer ran; a graph replay is not counted."),
+            ("rows", "Rows of this rank in them."),
+        )
+    }
 
-    def write(group: OtpGroup) -> None:
-        nonlocal counted
+    def write(group: OtpGroup, counted: Counted) -> None:
         rank = str(group.ranks[group.rank])
         kept, saved = row_parallel.totals(group)
         for name, value in (
@@ -85,9 +94,15 @@ def _publisher() -> Publish | None:
             ("saved_bytes", saved),
         ):
             gauges[name].labels(rank).set(value)
-        now = group.exchanges
-        # A new group in this process starts at 0 again.
-        exchanges.labels(rank).inc(now - counted if now >= counted else now)
-        counted = now
+        for name, scheme, now in (
+            ("exchanges", "exchange", group.exchanges - group.gathers),
+            ("exchanges", "gather", group.gathers),
+            ("rows", "exchange", group.rows - group.gathered_rows),
+            ("rows", "gather", group.gathered_rows),
+        ):
+            # The worker may be between two of its increments: never count backwards.
+            new = max(0, now - counted[name, scheme])
+            counted[name, scheme] += new
+            counters[name].labels(rank, scheme).inc(new)
 
     return write

@@ -77,6 +77,7 @@ class OtpGroup:
     layer_tp: see `LayerTPGroup`.
     pairwise: exchange by sends between pairs (gloo) instead of one collective call.
     exchanges: exchanges run so far; gathers: how many of them gathered the weight instead.
+    rows, gathered_rows: this rank's own rows in them, summed.
     scratch: memory that all layers share; views: parts of it, for row counts seen before.
     """
 
@@ -93,6 +94,8 @@ class OtpGroup:
     pairwise: bool
     exchanges: int = 0
     gathers: int = 0
+    rows: int = 0
+    gathered_rows: int = 0
     sealed: bool = False
     main_layers: int = 0
     complete: bool = False

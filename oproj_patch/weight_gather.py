@@ -24,6 +24,9 @@ from .row_counts import Counts
 
 Gemm = Callable[[torch.Tensor], torch.Tensor]
 
+# torch 2.13 renamed it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 ALIGNMENT = 256
 """Bytes; what device kernels may ask of the address of a weight."""
 
@@ -155,7 +158,7 @@ def _gather(layer: Any, group: OtpGroup) -> list[dict[str, torch.Tensor]]:
         else:
             mine = region[group.rank]
             mine[: flat.numel()].copy_(flat)
-            dist.all_gather_into_tensor(region.view(-1), mine, group=group.device_group)
+            _all_gather(region.view(-1), mine, group=group.device_group)
         permuted = tensor.permute(order)
         back = [order.index(dim) for dim in range(len(order))]
         for rank, shard in enumerate(shards):

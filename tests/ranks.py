@@ -7,6 +7,7 @@ order. Every process is killed, with all it started, when the deadline passes or
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -77,8 +78,12 @@ def outcomes_of(
     env: Mapping[str, str] | None = None,
     rank_env: Sequence[Mapping[str, str]] | None = None,
     python: str = sys.executable,
+    stop_at: Sequence[int] | None = None,
 ) -> list[Outcome]:
-    """How every rank ended, whatever it was."""
+    """How every rank ended, whatever it was.
+
+    stop_at: ranks whose end is waited for (default: all); the others are killed then.
+    """
     base = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
@@ -91,9 +96,8 @@ def outcomes_of(
         ),
         **(env or {}),
     }
-    base.pop("OPROJ_TENSOR_PARALLEL_SIZE", None) if "OPROJ_TENSOR_PARALLEL_SIZE" not in (
-        env or {}
-    ) else None
+    if "OPROJ_TENSOR_PARALLEL_SIZE" not in (env or {}):
+        base.pop("OPROJ_TENSOR_PARALLEL_SIZE", None)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         processes = []
@@ -116,13 +120,11 @@ def outcomes_of(
                             cwd=ROOT,
                         )
                     )
-            ended = _wait(processes, started + seconds)
+            ended = _wait(processes, started + seconds, stop_at)
         finally:
             for process in processes:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
                 process.wait()
         return [
             _outcome(rank, Path(scratch), processes[rank].returncode, ended[rank] - started)
@@ -130,13 +132,16 @@ def outcomes_of(
         ]
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], deadline: float) -> list[float]:
+def _wait(
+    processes: Sequence[subprocess.Popen[bytes]], deadline: float, stop_at: Sequence[int] | None
+) -> list[float]:
     ended: list[float] = [0.0] * len(processes)
+    awaited = range(len(processes)) if stop_at is None else stop_at
     while True:
         for index, process in enumerate(processes):
             if not ended[index] and process.poll() is not None:
                 ended[index] = time.monotonic()
-        if all(ended) or time.monotonic() > deadline:
+        if all(ended[index] for index in awaited) or time.monotonic() > deadline:
             now = time.monotonic()
             return [moment or now for moment in ended]
         time.sleep(0.02)

@@ -17,6 +17,7 @@ parser = pytest.importorskip("prometheus_client.parser")
 
 BODY = "tests.bodies.metrics:exchanged"
 SIZE = {"OPROJ_TENSOR_PARALLEL_SIZE": "2"}
+NO_GATHER = {"OPROJ_WEIGHT_GATHER_ROWS": "0"}
 
 
 def test_every_worker_is_seen_through_the_multiprocess_registry(tmp_path: Path) -> None:
@@ -29,14 +30,22 @@ def test_every_worker_is_seen_through_the_multiprocess_registry(tmp_path: Path) 
         label = {"rank": str(rank)}
         value = {
             name: registry.get_sample_value(f"oproj_patch_{name}", label)
-            for name in ("group_size", "layers", "kept_bytes", "saved_bytes", "exchanges_total")
+            for name in ("group_size", "layers", "kept_bytes", "saved_bytes")
         }
+        for name in ("exchanges", "rows"):
+            for scheme in ("exchange", "gather"):
+                value[f"{name} {scheme}"] = registry.get_sample_value(
+                    f"oproj_patch_{name}_total", {**label, "scheme": scheme}
+                )
         assert value == {
             "group_size": 2,
             "layers": 1,
             "kept_bytes": 20 * 24 * 4,
             "saved_bytes": 20 * 24 * 4,
-            "exchanges_total": 7,
+            "exchanges exchange": 7,
+            "exchanges gather": 0,
+            "rows exchange": 21,
+            "rows gather": 0,
         }
         assert told[rank] == {
             "kept": 1920,
@@ -63,15 +72,15 @@ def test_a_real_server_shows_its_workers_on_metrics(tmp_path: Path) -> None:
     ):
         page = got.read().decode()
     shown = {
-        (sample.name, sample.labels["rank"]): sample.value
+        (sample.name, sample.labels["rank"], sample.labels.get("scheme")): sample.value
         for family in parser.text_string_to_metric_families(page)
         for sample in family.samples
         if sample.name.startswith("oproj_patch_") and not sample.name.endswith("_created")
     }
     half = demo_model.O_PROJ_BYTES // 2
     for rank in ("0", "1"):
-        assert shown["oproj_patch_group_size", rank] == 2
-        assert shown["oproj_patch_layers", rank] == demo_model.NUM_LAYERS
-        assert shown["oproj_patch_kept_bytes", rank] == half
-        assert shown["oproj_patch_saved_bytes", rank] == half
-        assert shown["oproj_patch_exchanges_total", rank] > 0
+        assert shown["oproj_patch_group_size", rank, None] == 2
+        assert shown["oproj_patch_layers", rank, None] == demo_model.NUM_LAYERS
+        assert shown["oproj_patch_kept_bytes", rank, None] == half
+        assert shown["oproj_patch_saved_bytes", rank, None] == half
+        assert ("oproj_patch_exchanges_total", rank, "exchange") in shown

@@ -436,6 +436,7 @@ def _refuse(config: Any, wanted: settings.Settings, host: hosts.Host) -> None:
     if host.ascend:
         from ..seams import vllm_ascend
 
+        vllm_ascend.refuse_built_in(config, wanted)
         vllm_ascend.refuse_configuration(config, host.versions["vllm-ascend"])
     heads = text.num_attention_heads
     width = getattr(text, "v_head_dim", None) or getattr(text, "head_dim", None)

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 
-from .. import releases, row_parallel
+from .. import hosts, releases, row_parallel
 from ..errors import OprojError
 from ..otp_group import OtpGroup
 from ..row_counts import Counts
@@ -82,6 +82,7 @@ def seams(settings: Settings, versions: dict[str, str]) -> tuple[Seam, ...]:
     version = versions[DISTRIBUTION]
 
     def refuse(vllm_config: Any) -> None:
+        refuse_built_in(vllm_config, settings)
         refuse_configuration(vllm_config, version)
 
     own = [entry for entry in registry(host) if _applies(entry, version)]
@@ -250,6 +251,24 @@ def _names(function: Any) -> tuple[str, ...]:
 def never(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> bool:
     """Wrapper of a question whose answer must be no."""
     return False
+
+
+def refuse_built_in(vllm_config: Any, settings: Settings) -> None:
+    """Refuse a size of vllm-ascend's own o_proj sharding beside a number in the toggle.
+
+    vllm_config: vLLM's VllmConfig. Raises OprojError naming both.
+    """
+    if settings.auto:
+        return
+    try:
+        size = hosts.size_in(vllm_config.additional_config)
+    except OprojError:
+        return
+    raise OprojError(
+        "OPROJ016",
+        f"{TOGGLE} is {settings.size}, and oproj_tensor_parallel_size in --additional-config is "
+        f"{size}: both shard o_proj; remove one of them.",
+    )
 
 
 def refuse_configuration(vllm_config: Any, version: str) -> None:

@@ -115,7 +115,7 @@ def worker(
     config = EngineArgs(**arguments).create_engine_config()
     config.parallel_config.data_parallel_rank = rank // tp % dp
     from vllm_ascend import utils
-    from vllm_ascend.ascend_config import init_ascend_config
+    from vllm_ascend.ascend_config import get_ascend_config, init_ascend_config
 
     utils.adapt_patch()
     if hasattr(utils, "register_ascend_customop"):
@@ -132,6 +132,8 @@ def worker(
             from vllm_ascend.distributed.parallel_state import init_ascend_model_parallel
 
             init_ascend_model_parallel(config.parallel_config)
+            if hasattr(utils, "set_weight_prefetch_method"):
+                utils.set_weight_prefetch_method(get_ascend_config().weight_prefetch_config)
             yield config
         finally:
             parallel_state.destroy_model_parallel()
@@ -253,7 +255,7 @@ def forward(model: Any, config: Any, rows: int, idle: bool, profile: bool = Fals
     """One forward pass of the real model in vllm-ascend's own context."""
     from vllm_ascend.ascend_forward_context import set_ascend_forward_context
 
-    names = [n for n, m in model.named_modules() if hasattr(m, "impl")]
+    names = [module.layer_name for module in model.modules() if hasattr(module, "impl")]
     told = None if idle else {name: metadata(rows) for name in names}
     dp = config.parallel_config.data_parallel_size
     # Made up, as where vllm-ascend skips its synchronisation: every entry is this rank's own.

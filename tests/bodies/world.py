@@ -17,36 +17,54 @@ def moe_model_config() -> Any:
 
 
 @contextlib.contextmanager
-def groups(dp: int, tp: int = 1, pp: int = 1, moe: bool = True) -> Iterator[Any]:
-    """vLLM's configuration and groups for WORLD_SIZE ranks; destroyed on the way out."""
-    from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
+def world() -> Iterator[None]:
+    """torch.distributed and vLLM's world group for WORLD_SIZE ranks."""
     from vllm.distributed import parallel_state
 
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank = int(os.environ["RANK"])
     # The CPU executor sets it; vLLM names its shared memory by it.
     os.environ.setdefault("VLLM_DIST_IDENT", os.environ["MASTER_PORT"])
-    config = VllmConfig()
-    config.parallel_config = ParallelConfig()
-    parallel = config.parallel_config
-    parallel.data_parallel_size = dp
-    parallel.tensor_parallel_size = tp
-    parallel.pipeline_parallel_size = pp
-    parallel.data_parallel_rank = rank // (tp * pp) % dp
-    config.additional_config = {}
     parallel_state.init_distributed_environment(
-        world_size=world,
+        world_size=int(os.environ["WORLD_SIZE"]),
         rank=rank,
         distributed_init_method="tcp://127.0.0.1:" + os.environ["MASTER_PORT"],
         local_rank=rank,
         backend="gloo",
     )
+    try:
+        yield
+    finally:
+        parallel_state.destroy_distributed_environment()
+
+
+@contextlib.contextmanager
+def model_groups(dp: int, tp: int = 1, pp: int = 1, config: Any = None) -> Iterator[Any]:
+    """vLLM's configuration and parallel groups within `world`; destroyed on the way out."""
+    from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state
+
+    if config is None:
+        config = VllmConfig()
+        config.parallel_config = ParallelConfig()
+        config.additional_config = {}
+    parallel = config.parallel_config
+    parallel.data_parallel_size = dp
+    parallel.tensor_parallel_size = tp
+    parallel.pipeline_parallel_size = pp
+    parallel.data_parallel_rank = int(os.environ["RANK"]) // (tp * pp) % dp
     with set_current_vllm_config(config):
         try:
             parallel_state.initialize_model_parallel(tp, pp)
             yield config
         finally:
             parallel_state.destroy_model_parallel()
-            parallel_state.destroy_distributed_environment()
+
+
+@contextlib.contextmanager
+def groups(dp: int, tp: int = 1, pp: int = 1) -> Iterator[Any]:
+    """`world` and `model_groups` in one."""
+    with world(), model_groups(dp, tp, pp) as config:
+        yield config
 
 
 def whole(out_features: int, in_features: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
