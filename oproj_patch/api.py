@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import hosts
+from . import builtin, hosts
 from . import settings as settings_module
 from .errors import OprojError
 from .releases import VLLM_RELEASES
@@ -60,6 +60,7 @@ class _State:
     versions: dict[str, str] | None = None
     installed: list[Installed] | None = None
     undo_environment: Callable[[], None] | None = None
+    undo_builtin: Callable[[], None] | None = None
 
 
 _state = _State()
@@ -87,6 +88,7 @@ def activate() -> None:
     _withdraw()
     _state.settings = wanted
     _state.undo_environment = hosts.let_children_load_us(os.environ)
+    _state.undo_builtin = builtin.watch(wanted)
     _hook_group_creation()
 
 
@@ -214,9 +216,12 @@ def _withdraw() -> None:
     _remove_hook()
     if _state.undo_environment is not None:
         _state.undo_environment()
+    if _state.undo_builtin is not None:
+        _state.undo_builtin()
     _state.settings = Settings()
     _state.refusal = None
-    _state.versions = _state.installed = _state.undo_environment = None
+    _state.versions = _state.installed = None
+    _state.undo_environment = _state.undo_builtin = None
 
 
 def _restore(toggle: str | None) -> None:

@@ -22,6 +22,9 @@ def play(dp: int, fault: str = "", odd: int = 1, timeout: int = 0) -> dict[str, 
 
     fault: what goes wrong on rank `odd`; timeout: vLLM's timeout for its groups, in seconds.
     """
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
     mine = int(os.environ["RANK"]) == odd
     if mine and fault:
         _before_groups(fault)
@@ -113,3 +116,34 @@ def _told(dp: int, fault: str, config: Any) -> Iterator[None]:
 
 def _kill(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def restart(ports: list[int]) -> dict[str, list[float]]:
+    """Create groups and layers, run them, destroy all; once a port. What is left each time.
+
+    groups: torch process groups; objects: otp groups alive; rss: resident bytes.
+    """
+    import gc
+    import resource
+    from pathlib import Path
+
+    from vllm.plugins import load_general_plugins
+
+    import oproj_patch
+    from oproj_patch import otp_group
+
+    load_general_plugins()
+    left: dict[str, list[float]] = {"groups": [], "objects": [], "rss": []}
+    for port in ports:
+        os.environ["MASTER_PORT"] = str(port)
+        with world(), model_groups(2, config=_config(0)) as config:
+            assert _forwards(2, "", config) == 4
+            assert oproj_patch.status().layers == 2
+        assert oproj_patch.status().otp_ranks == ()
+        gc.collect()
+        left["groups"].append(len(torch.distributed.distributed_c10d._world.pg_map))
+        alive = [thing for thing in gc.get_objects() if type(thing) is otp_group.OtpGroup]
+        left["objects"].append(len(alive))
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        left["rss"].append(pages * resource.getpagesize())
+    return left
