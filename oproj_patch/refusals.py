@@ -68,6 +68,13 @@ def _kimi_k3_with_tp(config: Any) -> object | None:
     )
 
 
+ELASTIC = Rule(
+    "--enable-elastic-ep",
+    "its data-parallel ranks come and go in stateless groups, and a shard of the weight would go "
+    "with them",
+    lambda config: _of(config, "parallel_config", "enable_elastic_ep") or None,
+)
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "--decode-context-parallel-size",
@@ -81,12 +88,7 @@ RULES: tuple[Rule, ...] = (
         "otp group takes for equal",
         _more_than_one("prefill_context_parallel_size"),
     ),
-    Rule(
-        "--enable-elastic-ep",
-        "its data-parallel ranks come and go in stateless groups, and a shard of the weight "
-        "would go with them",
-        lambda config: _of(config, "parallel_config", "enable_elastic_ep") or None,
-    ),
+    ELASTIC,
     Rule(
         "--enable-dbo",
         "two halves of a batch run in two threads, whose exchanges could meet in either order",
@@ -150,14 +152,26 @@ def check(vllm_config: Any, settings: Settings, dp_groups: Sequence[Sequence[int
     """
     _dense(vllm_config)
     for rule in RULES:
-        value = rule.found(vllm_config)
-        if value is not None:
-            raise OprojError(
-                "OPROJ015",
-                f"{TOGGLE} is {settings.size}, and {rule.option} is {value}: {rule.why}; accepted "
-                "is one without the other: remove the option, or unset the variable.",
-            )
+        _apply(rule, vllm_config, settings)
     topology.check_size(settings.size, len(dp_groups[0]))
+
+
+def check_stateless(vllm_config: Any, settings: Settings) -> None:
+    """Refuse what never creates a data-parallel group in the usual way, so never gets to `check`.
+
+    Raises OprojError.
+    """
+    _apply(ELASTIC, vllm_config, settings)
+
+
+def _apply(rule: Rule, vllm_config: Any, settings: Settings) -> None:
+    value = rule.found(vllm_config)
+    if value is not None:
+        raise OprojError(
+            "OPROJ015",
+            f"{TOGGLE} is {settings.size}, and {rule.option} is {value}: {rule.why}; accepted is "
+            "one without the other: remove the option, or unset the variable.",
+        )
 
 
 def _dense(vllm_config: Any) -> None:

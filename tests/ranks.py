@@ -58,9 +58,12 @@ def run(
     rank_env: Sequence[Mapping[str, str]] | None = None,
     python: str = sys.executable,
 ) -> list[Any]:
-    """Results by rank; raises RankFailed with the rank's traceback when one did not return."""
+    """Results by rank; raises RankFailed with the rank's traceback when one did not return.
+
+    The others have ten seconds to end when one has failed.
+    """
     outcomes = outcomes_of(
-        world, function, args, seconds=seconds, env=env, rank_env=rank_env, python=python
+        world, function, args, seconds=seconds, env=env, rank_env=rank_env, python=python, grace=10
     )
     failed = [outcome for outcome in outcomes if outcome.error]
     if failed:
@@ -141,6 +144,8 @@ def _wait(
         for index, process in enumerate(processes):
             if not ended[index] and process.poll() is not None:
                 ended[index] = time.monotonic()
+                if process.returncode and grace is not None:
+                    deadline = min(deadline, ended[index] + grace)
         if all(ended[index] for index in awaited) or time.monotonic() > deadline:
             now = time.monotonic()
             return [moment or now for moment in ended]

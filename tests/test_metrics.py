@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import urllib.request
 from pathlib import Path
 
@@ -66,11 +67,16 @@ def test_a_real_server_shows_its_workers_on_metrics(tmp_path: Path) -> None:
         model=demo_model.ensure("dense", trained=False),
         env={**SIZE, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
     )
-    with (
-        serve(config) as server,
-        urllib.request.urlopen(f"{server.base_url}/metrics", timeout=30) as got,
-    ):
-        page = got.read().decode()
+    question = json.dumps({"model": "demo", "prompt": "The light", "max_tokens": 2}).encode()
+    with serve(config) as server:
+        # Workers begin to publish at their first exchange.
+        asked = urllib.request.Request(
+            f"{server.base_url}/v1/completions", question, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(asked, timeout=120) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == 2
+        with urllib.request.urlopen(f"{server.base_url}/metrics", timeout=30) as got:
+            page = got.read().decode()
     shown = {
         (sample.name, sample.labels["rank"], sample.labels.get("scheme")): sample.value
         for family in parser.text_string_to_metric_families(page)

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TextIO
 
-from .. import hosts, settings
+from .. import builtin, hosts, settings
 from .._version import __version__
 from ..errors import OprojError, OprojValueError
 
@@ -372,6 +372,8 @@ def _command(
     """Parse the command as vLLM does, make its configuration, and refuse as a worker would."""
     try:
         config = _configuration(server)
+    except OprojError as error:  # raised by what vLLM has loaded: our plugin
+        return wanted.size, [Finding("refusals", "problem", error.sentence, error.code)]
     except (Exception, SystemExit) as error:  # it exits when asked for its help or version
         told = " ".join(str(error).split())[:600]
         text = f"vLLM cannot make a configuration from it ({type(error).__name__}: {told})"
@@ -420,11 +422,13 @@ def _configuration(server: Sequence[str]) -> Any:
 
 
 def _built_in(additional_config: Any) -> Finding:
-    try:
-        size = hosts.size_in(additional_config)
-    except OprojError:
-        return Finding("built-in", "ok", "no oproj_tensor_parallel_size in --additional-config.")
-    return Finding("built-in", "note", f"oproj_tensor_parallel_size {size} is configured.")
+    set_ = [
+        f"{name} is {holder[builtin.KEY]!r}"
+        for holder, name in builtin.configured(additional_config)
+    ]
+    if not set_:
+        return Finding("built-in", "ok", f"no {builtin.KEY} in --additional-config.")
+    return Finding("built-in", "note", f"--additional-config: {', '.join(set_)}.")
 
 
 def _refuse(config: Any, wanted: settings.Settings, host: hosts.Host) -> None:
@@ -436,7 +440,6 @@ def _refuse(config: Any, wanted: settings.Settings, host: hosts.Host) -> None:
     if host.ascend:
         from ..seams import vllm_ascend
 
-        vllm_ascend.refuse_built_in(config, wanted)
         vllm_ascend.refuse_configuration(config, host.versions["vllm-ascend"])
     heads = text.num_attention_heads
     width = getattr(text, "v_head_dim", None) or getattr(text, "head_dim", None)

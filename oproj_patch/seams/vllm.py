@@ -94,6 +94,7 @@ def seams(
         given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
         if given.get("group_name") != "dp":
             if given.get("group_name") == "tp":
+                refusals.check_stateless(_vllm_config(), settings)
                 tp_groups[:] = given["group_ranks"]
             return otp_group.let_go(
                 functools.partial(wrapped, *args, **kwargs), settings.handshake_seconds

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 
-from .. import hosts, releases, row_parallel
+from .. import releases, row_parallel
 from ..errors import OprojError
 from ..otp_group import OtpGroup
 from ..row_counts import Counts
@@ -37,12 +37,15 @@ class Forward(vllm.Forward):
     """What vllm-ascend tells about a forward pass."""
 
     def __init__(self) -> None:
-        self._leaders: frozenset[str] = frozenset()
+        self._followers: frozenset[str] = frozenset()
         self._pass = _Pass()
+        self._npu: Any = None
 
     def capturing(self) -> bool:
-        npu = getattr(torch, "npu", None)
-        return bool(npu and npu.is_available() and npu.is_current_stream_capturing())
+        if self._npu is None:
+            npu = getattr(torch, "npu", None)
+            self._npu = npu if npu is not None and npu.is_available() else False
+        return bool(self._npu and self._npu.is_current_stream_capturing())
 
     def context(self, layer: str) -> Any:
         """Rows hold from the first layer of the model to its last; a drafter's hold once.
@@ -50,7 +53,7 @@ class Forward(vllm.Forward):
         vllm-ascend runs several steps of a drafter, with different rows, in one forward
         context. Which layer it is, is the same on every rank; contexts need not be.
         """
-        if layer in self._leaders:
+        if layer not in self._followers:
             self._pass = _Pass()
         return self._pass
 
@@ -67,9 +70,7 @@ class Forward(vllm.Forward):
 
     def seal(self, group: OtpGroup) -> None:
         super().seal(group)
-        names = list(group.layers)
-        drafted = names[group.main_layers :] if group.main_layers else []
-        self._leaders = frozenset([*names[:1], *drafted])
+        self._followers = frozenset(list(group.layers)[1 : group.main_layers])
 
 
 class _Pass:
@@ -82,7 +83,6 @@ def seams(settings: Settings, versions: dict[str, str]) -> tuple[Seam, ...]:
     version = versions[DISTRIBUTION]
 
     def refuse(vllm_config: Any) -> None:
-        refuse_built_in(vllm_config, settings)
         refuse_configuration(vllm_config, version)
 
     own = [entry for entry in registry(host) if _applies(entry, version)]
@@ -253,24 +253,6 @@ def never(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> bool:
     return False
 
 
-def refuse_built_in(vllm_config: Any, settings: Settings) -> None:
-    """Refuse a size of vllm-ascend's own o_proj sharding beside a number in the toggle.
-
-    vllm_config: vLLM's VllmConfig. Raises OprojError naming both.
-    """
-    if settings.auto:
-        return
-    try:
-        size = hosts.size_in(vllm_config.additional_config)
-    except OprojError:
-        return
-    raise OprojError(
-        "OPROJ016",
-        f"{TOGGLE} is {settings.size}, and oproj_tensor_parallel_size in --additional-config is "
-        f"{size}: both shard o_proj; remove one of them.",
-    )
-
-
 def refuse_configuration(vllm_config: Any, version: str) -> None:
     """Refuse what vllm-ascend `version` cannot combine with a sharded o_proj.
 
@@ -320,6 +302,15 @@ def _conflicts(vllm_config: Any, config: Any, version: str) -> list[tuple[str, s
         "VLLM_ASCEND_ENABLE_DBO",
         "its two micro-batches run o_proj on two streams at once; unset one of the two",
     )
+    drafter = getattr(vllm_config, "speculative_config", None)
+    when(
+        releases.in_range(version, "0.11.0", "0.11.0")
+        and getattr(drafter, "method", "") in ("eagle", "eagle3")
+        and drafter.num_speculative_tokens > 1,
+        f"speculative decoding by {getattr(drafter, 'method', '')} of vllm-ascend {version}",
+        "an idle rank runs the drafter once there, a working one once a token; set "
+        "num_speculative_tokens to 1, or unset the variable",
+    )
     found += _graph_conflicts(vllm_config, config, version)
     return found
 
@@ -359,7 +350,7 @@ def _graph_conflicts(vllm_config: Any, config: Any, version: str) -> list[tuple[
                 )
             )
         return found
-    if vllm_config.speculative_config is not None and name == "FULL":
+    if getattr(vllm_config, "speculative_config", None) is not None and name == "FULL":
         found.append(
             (
                 "speculative decoding with cudagraph_mode FULL",
@@ -393,6 +384,14 @@ def _check_layer(layer: Any) -> None:
             "multistream_overlap_shared_expert, or unset the variable.",
         )
     method = getattr(layer.quant_method, "quant_method", layer.quant_method)
+    unit = getattr(method, "group_size", None) or 1
+    if layer.input_size_per_partition % unit:
+        raise OprojError(
+            "OPROJ005",
+            f"{TOGGLE} is {group.size}, which leaves {layer.input_size_per_partition} input "
+            f"columns of {layer.oproj.name} on a rank; {type(method).__name__} needs a multiple "
+            f"of its group size {unit}: choose a smaller group size.",
+        )
     if "flatquant" in type(method).__name__.lower():
         raise OprojError(
             "OPROJ015",

@@ -8,9 +8,12 @@ PrivateUse1. Single `torch_npu.npu_*` kernels are stood in for where a test need
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import json
 import os
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,6 +89,14 @@ def stand_in() -> None:
     home.direct_register_custom_op = utils.direct_register_custom_op = on_cpu
 
 
+def import_worker() -> None:
+    """The first import of vllm-ascend in a worker process; the order matters from 0.23."""
+    try:
+        importlib.import_module("vllm_ascend.worker.worker_v1")
+    except ModuleNotFoundError:
+        importlib.import_module("vllm_ascend.worker.worker")
+
+
 @contextlib.contextmanager
 def worker(
     model: str, dp: int, tp: int = 1, dtype: str = "float32", **engine: Any
@@ -114,6 +125,7 @@ def worker(
     }
     config = EngineArgs(**arguments).create_engine_config()
     config.parallel_config.data_parallel_rank = rank // tp % dp
+    import_worker()
     from vllm_ascend import utils
     from vllm_ascend.ascend_config import get_ascend_config, init_ascend_config
 
@@ -268,55 +280,47 @@ def forward(model: Any, config: Any, rows: int, idle: bool, profile: bool = Fals
         return model(tokens, tokens, None)
 
 
-def steps(model: str, dp: int, plan: list[list[int]], **engine: Any) -> dict[str, Any]:
+def model_steps(config: Any, built: Any, plan: list[list[int]]) -> dict[str, Any]:
     """The real model under `plan[step][rank]` rows; 0 is an idle rank, -n a profile run of n.
 
     Returns the errors against the same model with whole o_proj weights.
     """
     import oproj_patch
 
-    with worker(model, dp, **engine) as config:
-        kernels()
-        built = build(config)
-        hf = config.model_config.hf_config
-        full = dict(checkpoint(hf))
-        for module in built.modules():
-            if hasattr(module, "impl"):
-                Attention(module, module.impl, hf.hidden_size)
-        mine = config.parallel_config.data_parallel_rank
-        layers = [layer.self_attn for layer in built.model.layers]
-        chunk = [attention.o_proj.weight.shape[1] for attention in layers]
-        result: dict[str, Any] = {
-            "class": type(layers[0].o_proj).__name__,
-            "shapes": [list(attention.o_proj.weight.shape) for attention in layers],
-            "exact": [
-                torch.equal(
-                    attention.o_proj.weight,
-                    full[f"model.layers.{index}.self_attn.o_proj.weight"][
-                        :, mine * chunk[index] : (mine + 1) * chunk[index]
-                    ],
-                )
-                for index, attention in enumerate(layers)
-            ],
-            "errors": [],
-            "scales": [],
-        }
-        outputs = []
-        for counts in plan:
-            count = counts[mine]
-            outputs.append(
-                forward(built, config, abs(count) or 1, idle=count <= 0, profile=count < 0)
-            )
-        status = oproj_patch.status()
-        result |= {"exchanges": status.exchanges, "layers": status.layers}
-        for index, attention in enumerate(layers):
-            unsharded(attention.o_proj, full[f"model.layers.{index}.self_attn.o_proj.weight"])
-        for counts, output in zip(plan, outputs, strict=True):
-            count = counts[mine]
-            expected = forward(built, config, abs(count) or 1, idle=count <= 0, profile=count < 0)
-            result["errors"].append(float((output - expected).abs().max()))
-            result["scales"].append(float(expected.abs().max()))
-        return result
+    hf = config.model_config.hf_config
+    full = dict(checkpoint(hf))
+    for module in built.modules():
+        if hasattr(module, "impl"):
+            Attention(module, module.impl, hf.hidden_size)
+    mine = config.parallel_config.data_parallel_rank
+    layers = [layer.self_attn.o_proj for layer in built.model.layers]
+    weights = [
+        full[f"model.layers.{index}.self_attn.o_proj.weight"] for index in range(len(layers))
+    ]
+    before = oproj_patch.status().exchanges
+    outputs = []
+    for counts in plan:
+        count = counts[mine]
+        outputs.append(forward(built, config, abs(count) or 1, idle=count <= 0, profile=count < 0))
+    result: dict[str, Any] = {
+        "class": type(layers[0]).__name__,
+        "shapes": [list(layer.weight.shape) for layer in layers],
+        "exact": [
+            torch.equal(layer.weight, weight.chunk(len(plan[0]), 1)[mine])
+            for layer, weight in zip(layers, weights, strict=True)
+        ],
+        "exchanges": oproj_patch.status().exchanges - before,
+        "errors": [],
+        "scales": [],
+    }
+    for layer, weight in zip(layers, weights, strict=True):
+        unsharded(layer, weight)
+    for counts, output in zip(plan, outputs, strict=True):
+        count = counts[mine]
+        expected = forward(built, config, abs(count) or 1, idle=count <= 0, profile=count < 0)
+        result["errors"].append(float((output - expected).abs().max()))
+        result["scales"].append(float(expected.abs().max()))
+    return result
 
 
 def unsharded(layer: Any, weight: torch.Tensor) -> None:
@@ -324,11 +328,221 @@ def unsharded(layer: Any, weight: torch.Tensor) -> None:
     from oproj_patch.row_parallel import ShardedMixin
 
     cls = type(layer)
-    host = next(base for base in cls.__mro__[1:] if not issubclass(base, ShardedMixin)
-                and base is not ShardedMixin)
+    host = next(
+        base
+        for base in cls.__mro__[1:]
+        if not issubclass(base, ShardedMixin) and base is not ShardedMixin
+    )
 
     def plain(self: Any, x: torch.Tensor, *_: Any, **__: Any) -> Any:
         output = torch.nn.functional.linear(x, weight)
         return (output, None) if self.return_bias else output
 
     layer.__class__ = type(cls.__name__, (host,), {"forward": plain})
+
+
+def quantization_kernels() -> None:
+    """Single NPU kernels of the quantized linear methods, in plain torch."""
+    import torch_npu
+
+    def quantize(x: torch.Tensor, scale: torch.Tensor, offset: Any, *_: Any) -> torch.Tensor:
+        # vllm-ascend passes the reciprocal scale, in the input's dtype.
+        moved = x.float() * scale.float() + (0 if offset is None else offset.float())
+        return moved.round().clamp(-128, 127).to(torch.int8)
+
+    def npu_dynamic_quant(x: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = x.float().abs().amax(-1) / 127
+        return (x.float() / scale.unsqueeze(-1)).round().to(torch.int8), scale
+
+    def npu_quant_matmul(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        *,
+        bias: torch.Tensor | None = None,
+        pertoken_scale: torch.Tensor | None = None,
+        output_dtype: torch.dtype = torch.bfloat16,
+        **_: Any,
+    ) -> torch.Tensor:
+        total = x.long() @ weight.long()
+        if bias is not None:
+            total = total + bias.long()
+        result = total.double() * scale.double()
+        if pertoken_scale is not None:
+            result = result * pertoken_scale.double().unsqueeze(-1)
+        return result.to(output_dtype)
+
+    def npu_weight_quant_batchmatmul(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        *,
+        antiquant_scale: torch.Tensor,
+        antiquant_group_size: int,
+        **_: Any,
+    ) -> torch.Tensor:
+        scale = antiquant_scale.double().repeat_interleave(antiquant_group_size, 0)
+        return (x.double() @ (weight.double() * scale)).to(x.dtype)
+
+    torch_npu.npu_quantize = quantize
+    torch_npu.npu_dynamic_quant = npu_dynamic_quant
+    torch_npu.npu_quant_matmul = npu_quant_matmul
+    torch_npu.npu_weight_quant_batchmatmul = npu_weight_quant_batchmatmul
+    torch_npu.npu_convert_weight_to_int4pack = lambda weight, *_: weight
+    torch.Tensor.npu = lambda self, *_, **__: self
+
+
+def quant_config(description: dict[str, Any]) -> Any:
+    try:
+        from vllm_ascend.quantization.modelslim_config import AscendModelSlimConfig as config
+    except ImportError:
+        from vllm_ascend.quantization.quant_config import AscendQuantConfig as config
+    return config(description)
+
+
+def quantized(
+    config: Any, kind: str, place: int, columns: int = 256, hidden: int = 32
+) -> dict[str, Any]:
+    """The sharded layer against the same layer unsharded, both by vllm-ascend's quant method.
+
+    The unsharded one has a name that is no o_proj's. Tensors go through each parameter's own
+    weight loader.
+    """
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    names = [f"model.layers.{place}.self_attn.o_proj", f"model.layers.{place}.mlp.down_proj"]
+    description = {f"{name}.weight": kind for name in names}
+    config.quant_config = quant_config({**description, "group_size": 32})
+    layer, reference = (
+        RowParallelLinear(
+            columns,
+            hidden,
+            bias=False,
+            quant_config=config.quant_config,
+            prefix=name,
+            params_dtype=torch.bfloat16,
+        )
+        for name in names
+    )
+    mine = config.parallel_config.data_parallel_rank
+    size = config.parallel_config.data_parallel_size
+    exact = {}
+    for seed, (name, parameter) in enumerate(reference.named_parameters()):
+        full = drawn(name, parameter, seed)
+        own = dict(layer.named_parameters())[name]
+        own.weight_loader(own, full)
+        parameter.weight_loader(parameter, full)
+        part = full if own.shape == parameter.shape else full.chunk(size, 1)[mine]
+        exact[name] = torch.equal(own.data, part.view_as(own.data))
+    shapes = {name: list(parameter.shape) for name, parameter in layer.named_parameters()}
+    for target in (layer, reference):
+        target.quant_method.process_weights_after_loading(target)
+    x = whole(3 + 2 * mine, columns, torch.bfloat16, seed=50 + mine) * 4
+    with torch.inference_mode():
+        output = layer(x)[0]
+        expected = reference(x)[0]
+    return {
+        "method": type(layer.quant_method.quant_method).__name__,
+        "class": type(layer).__name__,
+        "shapes": shapes,
+        "exact": exact,
+        "error": float((output - expected).abs().max()),
+        "scale": float(expected.abs().max()),
+    }
+
+
+def drawn(name: str, parameter: torch.Tensor, seed: int) -> torch.Tensor:
+    """A full tensor for a quantized layer's parameter, the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    if name == "weight":
+        limit = 8
+        return torch.randint(-limit, limit, parameter.shape, generator=generator).to(torch.int8)
+    if name == "quant_bias":
+        # Large: added once too often or not at all, it could not be missed.
+        return torch.randint(2000, 4000, parameter.shape, generator=generator).to(torch.int32)
+    if "offset" in name:
+        return torch.zeros(parameter.shape, dtype=parameter.dtype)
+    return (torch.rand(parameter.shape, generator=generator) * 0.05 + 0.01).to(parameter.dtype)
+
+
+def traced(
+    model: str, dp: int, columns: int = 64, hidden: int = 24, **engine: Any
+) -> dict[str, Any]:
+    """torchair's way: the whole forward in one graph, plain collectives, equal rows."""
+    import oproj_patch
+
+    with worker(model, dp, **engine):
+        from vllm.model_executor.layers.linear import RowParallelLinear
+
+        layer = RowParallelLinear(
+            columns, hidden, bias=False, prefix="model.layers.0.self_attn.o_proj"
+        )
+        weight = whole(hidden, columns, torch.float32)
+        layer.weight.weight_loader(layer.weight, weight)
+        rank = int(os.environ["RANK"])
+        x = whole(6, columns, torch.float32, seed=rank)
+        seen: list[str] = []
+
+        def backend(graph: Any, _: Any) -> Any:
+            seen.extend(str(node.target) for node in graph.graph.nodes)
+            return graph.forward
+
+        result: dict[str, Any] = {}
+        expected = x @ weight.t()
+        for name, chosen in (("custom", backend), ("aot_eager", "aot_eager")):
+            torch._dynamo.reset()
+            compiled = torch.compile(lambda y: layer(y)[0], fullgraph=True, backend=chosen)
+            with torch.inference_mode():
+                result[name] = float((compiled(x) - expected).abs().max())
+        uneven = whole(2 + 3 * rank, columns, torch.float32, seed=9 + rank)
+        with torch.inference_mode():
+            result["eager"] = float((layer(uneven)[0] - uneven @ weight.t()).abs().max())
+        result["targets"] = seen
+        result["exchanges"] = oproj_patch.status().exchanges
+        return result
+
+
+def host(
+    model: str, dp: int, plan: list[list[int]], kinds: list[str], **engine: Any
+) -> dict[str, Any]:
+    """All that can be seen on one release with one start of the processes."""
+    import oproj_patch
+
+    with worker(model, dp, **engine) as config:
+        from vllm_ascend.ascend_config import get_ascend_config
+
+        theirs = get_ascend_config()
+        option = getattr(theirs, "finegrained_tp_config", theirs)
+        kernels()
+        quantization_kernels()
+        built = build(config)
+        status = oproj_patch.status()
+        result: dict[str, Any] = {
+            "option_seen_by_host": getattr(option, "oproj_tensor_parallel_size", None),
+            "option_kept": config.additional_config,
+            "size": status.size,
+            "ranks": list(status.otp_ranks),
+            "layers": status.layers,
+            "seams": list(status.seams),
+            "steps": attempt(lambda: model_steps(config, built, plan)),
+        }
+        for place, kind in enumerate(kinds, start=10):
+            result[kind] = attempt(functools.partial(quantized, config, kind, place))
+        return result
+
+
+def attempt(body: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of `body`, or its error: one failure must not hide the other results."""
+    try:
+        return body()
+    except Exception as error:
+        traceback.print_exc()
+        return {"error_raised": f"{type(error).__name__}: {error}"}
+
+
+def configuration(model: str, **engine: Any) -> None:
+    """vLLM's configuration in the parent process, where no group exists yet."""
+    stand_in()
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments: dict[str, Any] = {"model": model, "skip_tokenizer_init": True, **engine}
+    EngineArgs(**arguments).create_engine_config()

@@ -296,7 +296,7 @@ def loaders(dp: int) -> Result:
             try:
                 layer.weight.weight_loader(layer.weight, wrong)
                 found[f"refused {tuple(wrong.shape)}"] = False
-            except (AssertionError, RuntimeError):
+            except (AssertionError, RuntimeError, IndexError):
                 found[f"refused {tuple(wrong.shape)}"] = True
     return found
 

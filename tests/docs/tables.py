@@ -44,12 +44,19 @@ def _symbol(seam: Seam, releases: tuple[str, ...]) -> str:
     return f"`{seam.symbol}` ({since if since == until else f'{since} to {until}'})"
 
 
+def refusals() -> str:
+    """Options that a sharded o_proj cannot be combined with, on every host."""
+    from oproj_patch.refusals import RULES
+
+    return _table(("configured by", "why not"), [(rule.option, rule.why) for rule in RULES])
+
+
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(cell.rstrip('.') for cell in line)} |" for line in lines)
 
 
-TABLES: Mapping[str, Callable[[], str]] = {"seams": seams}
+TABLES: Mapping[str, Callable[[], str]] = {"seams": seams, "refusals": refusals}
 
 
 def rewritten(text: str) -> str:

@@ -66,4 +66,3 @@ def test_the_built_in_feature_beside_a_number(host: Host, model: str) -> None:
         *("--kv-transfer-config", json.dumps(transfer)),
     )
     assert (code, of(report, "refusals")) == (1, [("problem", "OPROJ016")])
-    assert of(report, "built-in") == [("note", None)]
