@@ -503,8 +503,10 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def plot(results: Sequence[dict[str, Any]], path: str) -> None:
     """Time over rows of the three contenders, one panel for each shape, group size and dtype."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("--plot needs matplotlib, which is not installed here.") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -548,7 +550,12 @@ def execute(run: Run, seconds: float) -> tuple[list[dict[str, Any]], str]:
         "benchmarks.o_proj:measure",
         {**asdict(run), "seconds": seconds},
         seconds=1800,
-        env={"OPROJ_TENSOR_PARALLEL_SIZE": str(run.ranks), "VLLM_LOGGING_LEVEL": "WARNING"},
+        env={
+            "OPROJ_TENSOR_PARALLEL_SIZE": str(run.ranks),
+            # Where weights can be read, gathering them is a contender of its own.
+            "OPROJ_WEIGHT_GATHER_ROWS": "0",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+        },
     )
     return summarise(run, told), told[0]["builtin"]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,13 @@ from .otp_group import OtpGroup
 from .row_counts import HostForward
 from .settings import TOGGLE
 
-# A decoder's self-attention output projection, by vLLM's naming of layers ("prefix").
-_O_PROJ = re.compile(r"(^|\.)(self_attn|self_attention|attn|attention)\.o_proj$")
+# A decoder's self-attention output projection, by vLLM's naming of layers ("prefix"). Left out
+# are `self_attn.dense` and `out_proj`: so are named linear attentions whose rows vLLM cuts
+# inside the layer (Bailing 2.5, MiniMax-Text-01), and nobody announces those counts.
+_O_PROJ = re.compile(
+    r"(^|\.)((self_attn|self_attention|attn|attention|mixer)(\.\d+)?\.o_proj"
+    r"|layers\.\d+\.o_proj|attention\.dense)$"
+)
 # An encoder runs only on the ranks that have an image or a sound to encode.
 _NOT_A_DECODER = re.compile(
     r"vision|visual|image|audio|speech|encoder|tower|projector|resampler|expert|cross_attn"
@@ -126,14 +131,35 @@ def require_sharded(owner: Any, prefix: str) -> None:
         )
 
 
-def check_model(model: Any, group: OtpGroup) -> None:
-    """Raise OprojError when neither `model` nor one built before it has a sharded layer."""
+def check_model(model: Any, group: OtpGroup, built: Sequence[str], attentions: Any) -> None:
+    """Check the layers that were sharded while `model` was built.
+
+    built: their keys in the group; attentions: the host's layers with a KV cache by prefix
+        (`static_forward_context`), other layers may be among them.
+    Raises OprojError when neither `model` nor one built before it has a sharded layer, or when
+    one of `built` does not belong to a decoder's attention.
+    """
     if not group.layers:
         raise OprojError(
             "OPROJ007",
             f"{TOGGLE} is {group.size}, but {type(model).__name__} has no self-attention o_proj "
             "that can be sharded: unset the variable for this model.",
         )
+    caches = [
+        f"{prefix}."
+        for prefix, layer in attentions.items()
+        if hasattr(layer, "kv_cache")
+        and getattr(layer, "attn_type", None) not in ("encoder", "encoder_only")
+    ]
+    for name in built:
+        owner = name.partition("#")[0].rpartition(".")[0]
+        if not any(prefix.startswith(f"{owner}.") for prefix in caches):
+            raise OprojError(
+                "OPROJ007",
+                f"{name} of {type(model).__name__} was sharded, but {owner} has no KV cache, so "
+                "it is no decoder's attention (an encoder runs only on the ranks that have an "
+                f"image or a sound to encode): unset {TOGGLE}, and please report the model.",
+            )
 
 
 def summary(group: OtpGroup) -> str:

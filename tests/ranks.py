@@ -82,10 +82,12 @@ def outcomes_of(
     rank_env: Sequence[Mapping[str, str]] | None = None,
     python: str = sys.executable,
     stop_at: Sequence[int] | None = None,
+    grace: float | None = None,
 ) -> list[Outcome]:
     """How every rank ended, whatever it was.
 
     stop_at: ranks whose end is waited for (default: all); the others are killed then.
+    grace: seconds the others have to end when one has failed; None: until the deadline.
     """
     base = {
         **os.environ,
@@ -123,7 +125,7 @@ def outcomes_of(
                             cwd=ROOT,
                         )
                     )
-            ended = _wait(processes, started + seconds, stop_at)
+            ended = _wait(processes, started + seconds, stop_at, grace)
         finally:
             for process in processes:
                 with contextlib.suppress(ProcessLookupError):
@@ -136,7 +138,10 @@ def outcomes_of(
 
 
 def _wait(
-    processes: Sequence[subprocess.Popen[bytes]], deadline: float, stop_at: Sequence[int] | None
+    processes: Sequence[subprocess.Popen[bytes]],
+    deadline: float,
+    stop_at: Sequence[int] | None,
+    grace: float | None,
 ) -> list[float]:
     ended: list[float] = [0.0] * len(processes)
     awaited = range(len(processes)) if stop_at is None else stop_at

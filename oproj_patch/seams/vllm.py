@@ -117,9 +117,13 @@ def seams(
     tp_groups: list[list[int]] = []
 
     def model_built(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
-        model = wrapped(*args, **kwargs)
+        config = inspect.signature(wrapped).bind(*args, **kwargs).arguments["vllm_config"]
         group = otp_group.require("the model")
-        row_parallel.check_model(model, group)
+        before = set(group.layers)
+        model = wrapped(*args, **kwargs)
+        built = [name for name in group.layers if name not in before]
+        attentions = config.compilation_config.static_forward_context
+        row_parallel.check_model(model, group, built, attentions)
         group.main_layers = group.main_layers or len(group.layers)
         group.complete = not host.drafter_in_step()
         return model

@@ -306,7 +306,7 @@ def _conflicts(vllm_config: Any, config: Any, version: str) -> list[tuple[str, s
     when(
         releases.in_range(version, "0.11.0", "0.11.0")
         and getattr(drafter, "method", "") in ("eagle", "eagle3")
-        and drafter.num_speculative_tokens > 1,
+        and getattr(drafter, "num_speculative_tokens", 0) > 1,
         f"speculative decoding by {getattr(drafter, 'method', '')} of vllm-ascend {version}",
         "an idle rank runs the drafter once there, a working one once a token; set "
         "num_speculative_tokens to 1, or unset the variable",

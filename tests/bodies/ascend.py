@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import json
 import os
 import traceback
@@ -143,7 +144,10 @@ def worker(
             parallel_state.ensure_model_parallel_initialized(tp, 1)
             from vllm_ascend.distributed.parallel_state import init_ascend_model_parallel
 
-            init_ascend_model_parallel(config.parallel_config)
+            first = next(iter(inspect.signature(init_ascend_model_parallel).parameters))
+            init_ascend_model_parallel(
+                dp * tp if first == "expert_parallel_size" else config.parallel_config
+            )
             if hasattr(utils, "set_weight_prefetch_method"):
                 utils.set_weight_prefetch_method(get_ascend_config().weight_prefetch_config)
             yield config
@@ -182,6 +186,7 @@ def build(config: Any) -> Any:
     """The real model, with a synthetic checkpoint through its own `load_weights`."""
     from vllm.model_executor.model_loader import base_loader
 
+    experts_stood_in(config)
     model = base_loader.initialize_model(config)
     model.load_weights(checkpoint(config.model_config.hf_config))
     for module in model.modules():
@@ -189,6 +194,28 @@ def build(config: Any) -> Any:
         if hasattr(method, "process_weights_after_loading"):
             method.process_weights_after_loading(module)
     return model
+
+
+def experts_stood_in(config: Any) -> None:
+    """vLLM 0.11 insists on a layer with experts: its last one, with an ordinary MLP in it."""
+    from vllm.model_executor.models import deepseek_v2
+
+    if "No DeepseekV2MoE layer" not in inspect.getsource(deepseek_v2):
+        return
+    hf = config.model_config.hf_config
+    hf.first_k_dense_replace = hf.num_hidden_layers - 1
+
+    class Dense(deepseek_v2.DeepseekV2MLP):  # type: ignore[misc, name-defined]
+        experts = None
+        n_logical_experts = n_physical_experts = n_local_physical_experts = 8
+        n_routed_experts, n_shared_experts, n_redundant_experts = 8, 1, 0
+
+        def __init__(self, config: Any, prefix: str = "", **_: Any) -> None:
+            super().__init__(
+                config.hidden_size, config.intermediate_size, config.hidden_act, prefix=prefix
+            )
+
+    deepseek_v2.DeepseekV2MoE = Dense
 
 
 def checkpoint(hf: Any) -> list[tuple[str, torch.Tensor]]:

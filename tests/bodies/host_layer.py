@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -44,6 +45,8 @@ MODULES = (
 
 def all_parts() -> Result:
     """Every part's result, or the traceback it ended with; a part does not stop the next."""
+    from vllm.config import set_current_vllm_config
+
     import oproj_patch
     from oproj_patch.seams import registry, vllm
     from oproj_patch.settings import Settings
@@ -51,19 +54,21 @@ def all_parts() -> Result:
     told: Result = {"release": release()}
     # Only the hook is there yet: the original is what it wraps.
     declared = vllm.seams(Settings(size=SIZE), {})
-    found = {seam.symbol: registry.resolve(seam, "") for seam in declared}
-    originals = {symbol: (p, a, _unhooked(o)) for symbol, (p, a, o) in found.items()}  # type: ignore[misc]
+    originals = {}
+    for seam in declared:
+        found = registry.resolve(seam, "")
+        assert found is not None
+        originals[seam.symbol] = (found[0], found[1], _unhooked(found[2]))
     process_groups = torch.distributed.distributed_c10d._world.pg_map
-    with world():
+    config = configuration()
+    with set_current_vllm_config(config), world():
         before = len(process_groups)
-        with model_groups(SIZE) as config:
+        with model_groups(SIZE, config=config):
             config.model_config = MODEL
             for part in (construct, loads, eager, idle, compiled, quantized, row_counts):
                 told[part.__name__] = _told(part, config)
             status = oproj_patch.status()
-            wrapped = [
-                symbol for symbol, (p, a, o) in originals.items() if inspect.getattr_static(p, a) is not o
-            ]
+            wrapped = _replaced(originals)
         told["seams"] = {
             "installed": list(status.seams),
             "wrapped": wrapped,
@@ -72,10 +77,32 @@ def all_parts() -> Result:
             "groups": [before, len(process_groups)],
         }
         oproj_patch.disable()
-        told["seams"]["left"] = [
-            symbol for symbol, (p, a, o) in originals.items() if inspect.getattr_static(p, a) is not o
-        ]
+        told["seams"]["left"] = _replaced(originals)
     return told
+
+
+def configuration() -> Any:
+    """vLLM's configuration without a model, which 0.9.1 and 0.9.2 refuse on a CPU."""
+    from vllm.config import ParallelConfig, VllmConfig
+    from vllm.platforms import current_platform
+
+    try:
+        config = VllmConfig()
+    except AttributeError:
+        with mock.patch.object(type(current_platform), "check_and_update_config"):
+            config = VllmConfig()
+    config.parallel_config = ParallelConfig()
+    config.additional_config = {}
+    return config
+
+
+def _replaced(originals: dict[str, tuple[Any, str, Any]]) -> list[str]:
+    """Symbols which are not the original object now."""
+    return [
+        symbol
+        for symbol, (parent, attribute, original) in originals.items()
+        if inspect.getattr_static(parent, attribute) is not original
+    ]
 
 
 def _unhooked(original: Any) -> Any:
@@ -111,8 +138,9 @@ def construct(config: Any) -> Result:
 
 
 def _attention(name: str, config: Any) -> Result:
-    import oproj_patch
     from vllm.model_executor.models import deepseek_v2
+
+    import oproj_patch
 
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     hf_config = SimpleNamespace(
@@ -124,7 +152,7 @@ def _attention(name: str, config: Any) -> Result:
         hidden_size=HIDDEN,
         num_attention_heads=HEADS,
     )
-    prefix = f"model.layers.{name}.self_attn"
+    prefix = f"{name}.layers.0.self_attn"
     given = {
         "vllm_config": config,
         "config": hf_config,
@@ -169,8 +197,9 @@ def _without_kernels(deepseek_v2: Any) -> Iterator[None]:
         def __init__(self, *_: Any, **__: Any) -> None:
             super().__init__()
 
-    names = ("Attention", "MLAAttention", "MultiHeadLatentAttentionWrapper")
-    kept = {name: vars(deepseek_v2)[name] for name in names if name in vars(deepseek_v2)}
+    latent = "MultiHeadLatentAttention"
+    names = {"Attention", "MLAAttention", latent, f"{latent}Wrapper"} & vars(deepseek_v2).keys()
+    kept = {name: vars(deepseek_v2)[name] for name in names}
     vars(deepseek_v2).update(dict.fromkeys(kept, Nothing))
     try:
         yield
@@ -296,7 +325,14 @@ def _w8a8() -> Any:
 
 
 def _gptq() -> Any:
-    settings = {"bits": 4, "group_size": 64, "desc_act": False, "lm_head": False, "sym": True}
+    settings: Result = {
+        "bits": 4,
+        "group_size": 64,
+        "desc_act": False,
+        "lm_head": False,
+        "sym": True,
+    }
+    settings["modules_in_block_to_quantize"] = ["self_attn.o_proj"]
     return _from_config(("gptq.GPTQConfig", "auto_gptq.AutoGPTQConfig"), settings)
 
 
@@ -328,10 +364,15 @@ _QUANTIZED: dict[str, Callable[[], Any]] = {
 def _quantized(name: str, config: Any) -> Result:
     rank = config.parallel_config.data_parallel_rank
     prefix = f"{name.replace(' ', '_')}.{O_PROJ}"
-    layer = build(
-        prefix, 256, COLUMNS, bias=False, quant_config=_QUANTIZED[name](),
-        params_dtype=torch.bfloat16,
-    )  # fmt: skip
+    quant_config = _QUANTIZED[name]()
+    options = {"quant_config": quant_config, "params_dtype": torch.bfloat16}
+    try:
+        layer = build(prefix, 256, COLUMNS, bias=False, **options)
+    except ValueError as error:
+        # Releases since 0.20 choose the kernel now, and this machine's CPU may have none.
+        if "Failed to find a kernel" not in str(error):
+            raise
+        return {}
     found: Result = {}
     generator = torch.Generator().manual_seed(7)
     for key, param in layer.named_parameters():
@@ -364,4 +405,3 @@ def row_counts(config: Any) -> Result:
     with set_forward_context(None, config, num_tokens=4 + 3 * rank):
         own = Forward().announced(group)
     return {"told": told, "own": [[4, 7], own]}
-

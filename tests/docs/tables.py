@@ -51,6 +51,50 @@ def refusals() -> str:
     return _table(("configured by", "why not"), [(rule.option, rule.why) for rule in RULES])
 
 
+# What shows that a host works, by the name the table gives it: the test, for that host.
+_VLLM_LAYER = "tests/hosts/test_vllm_layer.py::test_"
+_ASCEND_LAYER = "tests/hosts/test_ascend_layer.py::test_"
+EVIDENCE: Mapping[str, str] = {
+    "construct": f"{_VLLM_LAYER}construct[HOST]",
+    "load": f"{_VLLM_LAYER}load[HOST]",
+    "eager": f"{_VLLM_LAYER}forward_eager[HOST]",
+    "compiled": f"{_VLLM_LAYER}forward_compiled[HOST]",
+    "quantized": f"{_VLLM_LAYER}quantized[HOST]",
+    "idle": f"{_VLLM_LAYER}idle_rank[HOST]",
+    "model": f"{_ASCEND_LAYER}model_with_idle_ranks_and_profile_run[HOST]",
+    "torchair": f"{_ASCEND_LAYER}torchair_traces_the_layer_as_plain_collectives[HOST]",
+    "W8A8": f"{_ASCEND_LAYER}w8a8_static_with_a_stand_in_for_npu_quant_matmul[HOST]",
+    "W8A8 dynamic": f"{_ASCEND_LAYER}w8a8_dynamic_with_stand_ins_for_npu_dynamic_quant_and_npu_"
+    "quant_matmul[HOST]",
+    "W4A8": f"{_ASCEND_LAYER}w4a8_with_a_stand_in_for_npu_weight_quant_batchmatmul[HOST]",
+    "engine": "tests/e2e/test_offline.py::test_two_ranks[moe-eager]",
+}
+_ENGINES = {VLLM_RELEASES[-1]: "engine"}
+_TORCHAIR = ("0.9.1", "0.11.0")
+
+
+def evidence() -> dict[str, tuple[str, ...]]:
+    """Host -> its cells, each some names of `EVIDENCE` or nothing."""
+    rows: dict[str, tuple[str, ...]] = {}
+    for release in VLLM_RELEASES:
+        own = ("construct", "load", "eager", "compiled", "quantized", "idle")
+        rows[f"vllm-{release}"] = (*own, _ENGINES.get(release, ""))
+    for release in ASCEND_RELEASES:
+        traced = "torchair" if release in _TORCHAIR else ""
+        quantized = "W8A8, W8A8 dynamic, W4A8"
+        rows[f"ascend-{release}"] = (*("model",) * 3, traced, quantized, "model", "")
+    return rows
+
+
+def compat() -> str:
+    """The compatibility table: for each host the tests that show that it works."""
+    head = ("host", "construct", "load", "forward eager", "compiled or traced", "quantization",
+            "idle rank", "end to end")  # fmt: skip
+    rows = [(host, *(cell or "-" for cell in cells)) for host, cells in evidence().items()]
+    key = "\n".join(f"- {name}: `{test}`" for name, test in EVIDENCE.items())
+    return f"{_table(head, rows)}\n\nEach name in a cell is a test:\n\n{key}"
+
+
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(cell.rstrip('.') for cell in line)} |" for line in lines)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from oproj_patch import __version__, settings
 from oproj_patch.errors import CODES
 
-from .tables import ROOT, TABLES, rewritten
+from .tables import EVIDENCE, ROOT, TABLES, evidence, rewritten
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
@@ -30,6 +32,19 @@ def test_every_table_is_in_a_document() -> None:
     together = "".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
     for name in TABLES:
         assert f"<!-- {name}:begin -->" in together
+
+
+def test_every_cell_of_the_compatibility_table_is_a_test() -> None:
+    pytest.importorskip("torch")
+    named = {
+        EVIDENCE[name].replace("HOST", host)
+        for host, cells in evidence().items()
+        for name in ", ".join(filter(None, cells)).split(", ")
+    }
+    files = sorted({test.partition("::")[0] for test in named})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert named <= set(done.stdout.splitlines()), done.stdout[-2000:]
 
 
 def test_every_code_is_documented_with_cause_and_remedy() -> None:

