@@ -201,8 +201,8 @@ def _gather(layer: Any) -> Any:
     return weight_gather._gather(layer, layer.oproj.group)
 
 
-def _nothing(result: Any, *_: Any) -> Any:
-    return result
+def _nothing(result: Any, _: Any, x: Any, *__: Any) -> Any:
+    return result[: x.shape[0]]
 
 
 def _apply(layer: Any, x: Any) -> Any:

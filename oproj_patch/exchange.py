@@ -30,7 +30,7 @@ from .row_counts import Counts
 
 Gemm = Callable[[torch.Tensor], torch.Tensor]
 
-# Larger buffers are not kept between calls: three such are what the shim may hold for itself.
+# Of each of three buffers; with more rows the exchange is done in several steps.
 SCRATCH_BYTES = 64 << 20
 # Views of them; a model that is served sees many row counts.
 MOST_VIEWS = 1024
@@ -198,12 +198,33 @@ def run(
         group.gathered_rows += counts[group.rank]
         output = weight_gather.run(rows, layer, gemm, group)
     else:
-        output = _exchanged(rows, counts, gemm, group)
+        output = _exchanged(rows, counts, hidden, gemm, group)
     return output.view(*x.shape[:-1], hidden)
 
 
-def _exchanged(x: torch.Tensor, counts: Counts, gemm: Gemm, group: OtpGroup) -> torch.Tensor:
-    return partials_back(gemm(rows_out(x, counts, group)), counts, group)
+def _exchanged(
+    x: torch.Tensor, counts: Counts, hidden: int, gemm: Gemm, group: OtpGroup
+) -> torch.Tensor:
+    blocks = _blocks(x, counts, hidden, group) if group.pairwise else 1
+    if blocks == 1:
+        return partials_back(gemm(rows_out(x, counts, group)), counts, group)
+    output = x.new_empty((x.shape[0], hidden))
+    for block in range(blocks):
+        # Every rank cuts every rank's rows in the same places.
+        starts = [count * block // blocks for count in counts]
+        ends = [count * (block + 1) // blocks for count in counts]
+        some = tuple(end - start for start, end in zip(starts, ends, strict=True))
+        mine = slice(starts[group.rank], ends[group.rank])
+        output[mine] = partials_back(gemm(rows_out(x[mine], some, group)), some, group)
+    return output
+
+
+def _blocks(x: torch.Tensor, counts: Counts, hidden: int, group: OtpGroup) -> int:
+    """In how many steps to exchange so that no rank needs a buffer larger than those kept."""
+    incoming = sum(counts) * x.shape[1] // group.size
+    returned = (group.size - 1) * max(counts) * hidden
+    most: int = max(incoming, returned) * x.element_size()
+    return max(1, -(-most // SCRATCH_BYTES))
 
 
 def _gather_verified(layer: Any, like: torch.Tensor, gemm: Gemm, group: OtpGroup) -> bool:
@@ -215,7 +236,7 @@ def _gather_verified(layer: Any, like: torch.Tensor, gemm: Gemm, group: OtpGroup
     if not layer.oproj.gather_verified:
         columns = like.shape[1]
         x = torch.arange(8 * columns, device=like.device).sin().view(8, columns).to(like.dtype)
-        expected = _exchanged(x, (8,) * group.size, gemm, group).float()
+        expected = _exchanged(x, (8,) * group.size, layer.output_size, gemm, group).float()
         error = (weight_gather.run(x, layer, gemm, group).float() - expected).abs().max()
         same = bool(error <= 0.02 * expected.abs().max())
         if not all(row_counts.gather((int(same),), group)[0]):

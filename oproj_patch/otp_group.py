@@ -25,8 +25,6 @@ from . import handshake, topology
 from .errors import OprojError
 from .settings import TOGGLE, Settings
 
-_epochs = itertools.count()
-
 
 class LayerTPGroup:
     """What `parallel_state.get_tp_group()` returns while vLLM handles a sharded o_proj.
@@ -164,7 +162,8 @@ def create(
         )
     size = settings.size
     rank = dist.get_rank()
-    key = f"oproj_patch/{next(_epochs)}"
+    # Counted in the store: a process may have been part of other worlds before.
+    key = f"oproj_patch/{store().add(f'oproj_patch/lives/{rank}', 1)}"
     record = {"size": str(size), **versions}
     if refusal is not None:
         record[handshake.REFUSAL] = str(refusal)
@@ -311,9 +310,11 @@ def _new_groups(
     device_timeout = _timeout(getattr(like, "device_group", None))
     cpu_timeout = _timeout(getattr(like, "cpu_group", None))
     for ranks in groups:
-        device_group = dist.new_group(list(ranks), device_timeout, backend)
+        device_group = dist.new_group(list(ranks), timeout=device_timeout, backend=backend)
         cpu_group = (
-            device_group if backend == "gloo" else dist.new_group(list(ranks), cpu_timeout, "gloo")
+            device_group
+            if backend == "gloo"
+            else dist.new_group(list(ranks), timeout=cpu_timeout, backend="gloo")
         )
         if dist.get_rank() in ranks:
             mine = list(ranks), device_group, cpu_group

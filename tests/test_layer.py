@@ -134,9 +134,7 @@ def test_equal(worlds: Worlds, world: int, case: Case) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_no_worse_than_tensor_parallel(worlds: Worlds, world: int, dtype: str) -> None:
     """Root mean square error no larger than that of vLLM's own layer and all-reduce."""
-    for of_rank in worlds.of(
-        world, {**PRECISION, "ways": world, "size": world, "dtype": dtype}
-    ):
+    for of_rank in worlds.of(world, {**PRECISION, "ways": world, "size": world, "dtype": dtype}):
         (rms, largest), (tp_rms, tp_largest) = of_rank["sharded"], of_rank["ordinary"]
         assert 0 < rms <= 1.02 * tp_rms and largest <= 1.5 * tp_largest
         assert largest <= of_rank["scale"] * (5e-6 if dtype == "float32" else 1e-2)

@@ -101,8 +101,11 @@ def test_any_text_is_settings_or_a_refusal(environ: dict[str, str]) -> None:
         read = settings.read(environ)
     except OprojValueError as error:
         assert error.code in ("OPROJ001", "OPROJ002")
-        assert any(f"{name} is {environ[name]!r}" in str(error)
-                   or f"{name} is {environ[name].strip()!r}" in str(error) for name in environ)
+        assert any(
+            f"{name} is {environ[name]!r}" in str(error)
+            or f"{name} is {environ[name].strip()!r}" in str(error)
+            for name in environ
+        )
         return
     assert read.size == 0 or 2 <= read.size <= 999999
     assert not (read.auto and read.size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -110,7 +111,9 @@ def test_vllm_groups_of_every_rank() -> None:
     pp=st.integers(1, 3),
     tp=st.integers(1, 4),
 )
-def test_groups_partition_the_world(external: int, blocks: int, size: int, pp: int, tp: int) -> None:
+def test_groups_partition_the_world(
+    external: int, blocks: int, size: int, pp: int, tp: int
+) -> None:
     dp = blocks * size
     layout = {"dp": dp, "pp": pp, "tp": tp}
     world = external * dp * pp * tp
@@ -126,7 +129,7 @@ def test_groups_partition_the_world(external: int, blocks: int, size: int, pp: i
         assert sorted(rank for group in groups for rank in group) == list(range(world))
     for group in otp:
         step = pp * tp
-        assert [b - a for a, b in zip(group, group[1:], strict=False)] == [step] * (size - 1)
+        assert [b - a for a, b in itertools.pairwise(group)] == [step] * (size - 1)
     for group in layer:
         for chunk, rank in enumerate(group):
             assert rank % tp == chunk // size

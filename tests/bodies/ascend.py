@@ -135,6 +135,8 @@ def worker(
         given = (config,) if utils.register_ascend_customop.__code__.co_argcount else ()
         utils.register_ascend_customop(*given)
     init_ascend_config(config)
+    if getattr(utils, "_ENABLE_NZ", 0) is None:
+        utils.is_enable_nz(config)
     torch.set_default_dtype(getattr(torch, dtype))
     with set_current_vllm_config(config):
         parallel_state.init_distributed_environment(
@@ -146,7 +148,7 @@ def worker(
 
             first = next(iter(inspect.signature(init_ascend_model_parallel).parameters))
             init_ascend_model_parallel(
-                dp * tp if first == "expert_parallel_size" else config.parallel_config
+                *((dp * tp, 1) if first == "expert_parallel_size" else (config.parallel_config,))
             )
             if hasattr(utils, "set_weight_prefetch_method"):
                 utils.set_weight_prefetch_method(get_ascend_config().weight_prefetch_config)
@@ -180,6 +182,7 @@ def kernels() -> None:
     torch_npu.npu_rms_norm = npu_rms_norm
     torch_npu.npu_add_rms_norm = npu_add_rms_norm
     torch_npu.npu_swiglu = npu_swiglu
+    torch_npu._npu_reshape_and_cache = lambda **_: None
 
 
 def build(config: Any) -> Any:
@@ -260,11 +263,13 @@ def checkpoint(hf: Any) -> list[tuple[str, torch.Tensor]]:
 class Attention:
     """Stands in for the kernels between an MLA implementation's input and its o_proj."""
 
-    def __init__(self, layer: Any, impl: Any, hidden: int) -> None:
+    def __init__(self, layer: Any, impl: Any) -> None:
         self.columns = impl.num_heads * impl.v_head_dim
-        self.mix = whole(self.columns, hidden, torch.float32, seed=7)
-        layer.kv_cache = [(torch.empty(1, 1), torch.empty(1, 1))]
+        # One cache per virtual engine, or the cache itself, according to the release.
+        layer.kv_cache = torch.empty(2, 2, 2, 2)
         impl._mla_preprocess = self.preprocess
+        impl._q_proj_and_k_up_proj = self.project
+        impl.rotary_emb = lambda _, q_pe, k_pe: (q_pe, k_pe)
         impl._forward_decode = self.decode
 
     def preprocess(self, _: Any, hidden_states: torch.Tensor, *__: Any, **___: Any) -> Any:
@@ -272,8 +277,12 @@ class Attention:
             ql_nope=hidden_states, q_pe=None, k_nope=None, k_pe=None, dequant_scale_q_nope=None
         ), None
 
+    def project(self, q_c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return q_c, torch.zeros(q_c.shape[0], 1, 1)
+
     def decode(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return hidden_states @ self.mix.t()
+        mix = whole(self.columns, hidden_states.shape[-1], torch.float32, seed=7)
+        return hidden_states @ mix.t()
 
 
 def metadata(rows: int) -> Any:
@@ -286,7 +295,8 @@ def metadata(rows: int) -> Any:
         num_decode_tokens=rows,
         attn_state=None,
         prefill=None,
-        decode=SimpleNamespace(),
+        decode=SimpleNamespace(input_positions=torch.zeros(rows)),
+        slot_mapping=torch.zeros(rows),
     )
 
 
@@ -318,7 +328,7 @@ def model_steps(config: Any, built: Any, plan: list[list[int]]) -> dict[str, Any
     full = dict(checkpoint(hf))
     for module in built.modules():
         if hasattr(module, "impl"):
-            Attention(module, module.impl, hf.hidden_size)
+            Attention(module, module.impl)
     mine = config.parallel_config.data_parallel_rank
     layers = [layer.self_attn.o_proj for layer in built.model.layers]
     weights = [

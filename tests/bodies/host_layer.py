@@ -369,7 +369,7 @@ def _quantized(name: str, config: Any) -> Result:
     try:
         layer = build(prefix, 256, COLUMNS, bias=False, **options)
     except ValueError as error:
-        # Releases since 0.20 choose the kernel now, and this machine's CPU may have none.
+        # Releases since 0.19 choose the kernel here, and have none for most CPUs.
         if "Failed to find a kernel" not in str(error):
             raise
         return {}

@@ -40,7 +40,7 @@ def built(layouts: list[dict[str, int]]) -> list[list[dict[str, Any]]]:
 
     new_group = dist.new_group
     dist.new_group = functools.wraps(new_group)(
-        lambda ranks, backend=None, **_: new_group(ranks, backend="fake")
+        lambda ranks, *_, **__: new_group(ranks, backend="fake")
     )
     otp_group.handshake.agree = lambda *_, **__: None
     parallel_state.GroupCoordinator = Coordinator

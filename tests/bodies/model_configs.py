@@ -190,7 +190,10 @@ CONFIGS: dict[str, Config] = {
         "vocab_size": 128,
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
         "ffn_config": {
-            "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64,
+            "ffn_hidden_size": 32,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+            "hidden_size": 64,
         },
         "torch_dtype": "float32",
         "tie_word_embeddings": False,

@@ -100,7 +100,7 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(cell.rstrip('.') for cell in line)} |" for line in lines)
 
 
-TABLES: Mapping[str, Callable[[], str]] = {"seams": seams, "refusals": refusals}
+TABLES: Mapping[str, Callable[[], str]] = {"seams": seams, "refusals": refusals, "compat": compat}
 
 
 def rewritten(text: str) -> str:

@@ -101,9 +101,7 @@ def test_links_lead_somewhere(path: Path) -> None:
         if target.startswith("http"):
             continue
         file, _, anchor = target.partition("#")
-        # The draft of the README lies in docs/, but is written for the top level.
-        base = ROOT if path.name == "README-draft.md" else path.parent
-        linked = base / file if file else path
+        linked = path.parent / file if file else path
         assert linked.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)

