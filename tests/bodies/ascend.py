@@ -139,8 +139,14 @@ def worker(
         utils.is_enable_nz(config)
     torch.set_default_dtype(getattr(torch, dtype))
     with set_current_vllm_config(config):
+        # 0.9.1 adds the data-parallel rank itself, whatever the launcher.
+        adds = "external_launcher" not in inspect.getsource(
+            parallel_state.init_distributed_environment
+        )
+        world, place = (tp, rank % tp) if adds else (dp * tp, rank)
+        config.parallel_config.data_parallel_master_port = int(os.environ["MASTER_PORT"])
         parallel_state.init_distributed_environment(
-            dp * tp, rank, "tcp://127.0.0.1:" + os.environ["MASTER_PORT"], rank, "gloo"
+            world, place, "tcp://127.0.0.1:" + os.environ["MASTER_PORT"], rank, "gloo"
         )
         try:
             parallel_state.ensure_model_parallel_initialized(tp, 1)
@@ -210,6 +216,7 @@ def experts_stood_in(config: Any) -> None:
 
     class Dense(deepseek_v2.DeepseekV2MLP):  # type: ignore[misc, name-defined]
         experts = None
+        gate = SimpleNamespace(e_score_correction_bias=None)
         n_logical_experts = n_physical_experts = n_local_physical_experts = 8
         n_routed_experts, n_shared_experts, n_redundant_experts = 8, 1, 0
 
@@ -218,7 +225,9 @@ def experts_stood_in(config: Any) -> None:
                 config.hidden_size, config.intermediate_size, config.hidden_act, prefix=prefix
             )
 
-    deepseek_v2.DeepseekV2MoE = Dense
+    from vllm_ascend.models import deepseek_v3_2
+
+    deepseek_v2.DeepseekV2MoE = deepseek_v3_2.DeepseekV2MoE = Dense
 
 
 def checkpoint(hf: Any) -> list[tuple[str, torch.Tensor]]:

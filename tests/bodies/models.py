@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .layer import finish
+from .world import model_groups, whole, world
 
 
 def engine_config(model: dict[str, Any], **options: Any) -> Any:
@@ -33,3 +38,114 @@ def create(config: Any) -> Any:
     with set_default_torch_dtype(torch.float32):
         loader = get_model_loader(config.load_config)
         return loader.create_model(vllm_config=config, model_config=config.model_config)
+
+
+def told(models: dict[str, dict[str, Any]], dp: int) -> dict[str, Any]:
+    """By model: its layers after its own `load_weights`, or how building it ended.
+
+    models: name -> {"config": config.json, "env": environment, "weights": [[prefix of layer
+    names, their prefix in a checkpoint], ...]}.
+    """
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    found: dict[str, Any] = {}
+    with world():
+        for name, case in models.items():
+            os.environ.update(case["env"])
+            try:
+                config = engine_config(case["config"])
+                with model_groups(dp, config=config):
+                    found[name] = _layers(config, case["weights"], dp)
+            except Exception:
+                found[name] = {"error": traceback.format_exc()}
+            finally:
+                for variable in case["env"]:
+                    del os.environ[variable]
+    return found
+
+
+def _layers(config: Any, renamed: list[list[str]], dp: int) -> dict[str, Any]:
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    from oproj_patch.row_parallel import ShardedMixin
+
+    def in_checkpoint(key: str) -> str:
+        old, new = next((pair for pair in renamed if key.startswith(pair[0])), ("", ""))
+        return f"{new}{key.removeprefix(old)}.weight"
+
+    # `check_model` has run in it.
+    model = create(config)
+    rank = config.parallel_config.data_parallel_rank
+    layers = {k: m for k, m in model.named_modules() if isinstance(m, RowParallelLinear)}
+    weights = {
+        key: whole(layer.output_size, layer.input_size, torch.float32, seed=index)
+        for index, (key, layer) in enumerate(layers.items())
+        if isinstance(layer, ShardedMixin) or "visual" in key
+    }
+    model.load_weights((in_checkpoint(key), weight) for key, weight in weights.items())
+    sharded: dict[str, Any] = {}
+    plain: dict[str, Any] = {}
+    for key, layer in layers.items():
+        of = sharded if isinstance(layer, ShardedMixin) else plain
+        of[key] = {"own class": type(layer) is RowParallelLinear, "ways": layer.tp_size}
+        if key not in weights:
+            continue
+        width = layer.input_size // (dp if of is sharded else 1)
+        start = rank * width if of is sharded else 0
+        of[key]["exact"] = torch.equal(
+            layer.weight.data, weights[key][:, start : start + width]
+        )
+    for key, layer in layers.items():
+        if key in sharded:
+            bias = 0 if layer.bias is None else layer.bias.data.fill_(0.5).double()
+            finish(layer)
+            x = whole(3 + rank, layer.input_size, torch.float32, seed=90 + rank)
+            output = layer(x)
+            output = output[0] if isinstance(output, tuple) else output
+            expected = x.double() @ weights[key].double().t() + bias
+            sharded[key]["error"] = float((output.double() - expected).abs().max())
+    caches = {
+        prefix for prefix, m in config.compilation_config.static_forward_context.items()
+        if hasattr(m, "kv_cache")
+    }  # fmt: skip
+    return {
+        "model": type(model).__name__,
+        "attention": sorted({type(model.get_submodule(k.rpartition(".")[0])).__name__
+                             for k in sharded}),
+        "sharded": sharded,
+        "plain": plain,
+        "without a cache": [
+            key for key in sharded
+            if not any(prefix.startswith(key.rpartition(".")[0] + ".") for prefix in caches)
+        ],
+    }  # fmt: skip
+
+
+def start(model: dict[str, Any], dp: int, then: str = "") -> list[str]:
+    """What a rank does when it starts: plug-ins, configuration, groups, model.
+
+    then: a value to which the toggle is changed with the model built; what both ways to do so
+    say, and the state afterwards.
+    """
+    from vllm.plugins import load_general_plugins
+
+    import oproj_patch
+
+    load_general_plugins()
+    config = engine_config(model)
+    with world(), model_groups(dp, config=config):
+        create(config)
+        if not then:
+            return ["built"]
+        said = []
+        for change in (lambda: oproj_patch.enable(then), oproj_patch.activate):
+            try:
+                change()
+                said.append("accepted")
+            except oproj_patch.OprojError as error:
+                said.append(str(error))
+            said.append(os.environ["OPROJ_TENSOR_PARALLEL_SIZE"])
+            os.environ["OPROJ_TENSOR_PARALLEL_SIZE"] = then
+        status = oproj_patch.status()
+        return [*said, f"{status.size}-way, {status.layers} layers"]

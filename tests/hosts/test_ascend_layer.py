@@ -21,7 +21,7 @@ from tests.hosts.overlay import Host, environment
 
 RELEASES = tuple(ASCEND_RELEASES)
 TORCHAIR = {"torchair_graph_config": {"enabled": True}}
-SECONDS = 150
+SECONDS = 240
 # Rows by step and rank: a profile run, both working, one idle, the other idle, both idle.
 PLAN = [[-6, -6], [3, 5], [4, 0], [0, 2], [0, 0]]
 KINDS = ["W8A8", "W8A8_DYNAMIC", "W4A8_DYNAMIC"]
