@@ -54,7 +54,7 @@ EQUAL: dict[int, list[Case]] = {
         {"dp": 2, "tp": 4, "size": 2, "rows": [[2, 2], [0, 9]], "bias": True},
     ],
 }  # fmt: skip
-PRECISION: Case = {"case": "precision", "columns": 2048, "hidden": 512, "rows": 96}
+PRECISION: Case = {"case": "precision", "columns": 1536, "hidden": 512, "rows": 96}
 OTHERS: dict[int, list[Case]] = {
     2: [
         {"case": "stack", "dp": 2, "size": 2, "rows": COMPILED},
