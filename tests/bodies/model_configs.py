@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 Config = dict[str, Any]
@@ -332,3 +334,9 @@ CONFIGS: dict[str, Config] = {
         },
     },
 }
+
+
+def write(config: Config, directory: Path) -> str:
+    """Make `directory` a model of which only the configuration exists; its path."""
+    (directory / "config.json").write_text(json.dumps(config))
+    return str(directory)
