@@ -225,9 +225,10 @@ def experts_stood_in(config: Any) -> None:
                 config.hidden_size, config.intermediate_size, config.hidden_act, prefix=prefix
             )
 
-    from vllm_ascend.models import deepseek_v3_2
-
-    deepseek_v2.DeepseekV2MoE = deepseek_v3_2.DeepseekV2MoE = Dense
+    deepseek_v2.DeepseekV2MoE = Dense
+    # vllm-ascend 0.11 has a copy of the model, which took the name at import.
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module("vllm_ascend.models.deepseek_v3_2").DeepseekV2MoE = Dense
 
 
 def checkpoint(hf: Any) -> list[tuple[str, torch.Tensor]]:
@@ -508,43 +509,6 @@ def drawn(name: str, parameter: torch.Tensor, seed: int) -> torch.Tensor:
     if "offset" in name:
         return torch.zeros(parameter.shape, dtype=parameter.dtype)
     return (torch.rand(parameter.shape, generator=generator) * 0.05 + 0.01).to(parameter.dtype)
-
-
-def traced(
-    model: str, dp: int, columns: int = 64, hidden: int = 24, **engine: Any
-) -> dict[str, Any]:
-    """torchair's way: the whole forward in one graph, plain collectives, equal rows."""
-    import oproj_patch
-
-    with worker(model, dp, **engine):
-        from vllm.model_executor.layers.linear import RowParallelLinear
-
-        layer = RowParallelLinear(
-            columns, hidden, bias=False, prefix="model.layers.0.self_attn.o_proj"
-        )
-        weight = whole(hidden, columns, torch.float32)
-        layer.weight.weight_loader(layer.weight, weight)
-        rank = int(os.environ["RANK"])
-        x = whole(6, columns, torch.float32, seed=rank)
-        seen: list[str] = []
-
-        def backend(graph: Any, _: Any) -> Any:
-            seen.extend(str(node.target) for node in graph.graph.nodes)
-            return graph.forward
-
-        result: dict[str, Any] = {}
-        expected = x @ weight.t()
-        for name, chosen in (("custom", backend), ("aot_eager", "aot_eager")):
-            torch._dynamo.reset()
-            compiled = torch.compile(lambda y: layer(y)[0], fullgraph=True, backend=chosen)
-            with torch.inference_mode():
-                result[name] = float((compiled(x) - expected).abs().max())
-        uneven = whole(2 + 3 * rank, columns, torch.float32, seed=9 + rank)
-        with torch.inference_mode():
-            result["eager"] = float((layer(uneven)[0] - uneven @ weight.t()).abs().max())
-        result["targets"] = seen
-        result["exchanges"] = oproj_patch.status().exchanges
-        return result
 
 
 def host(

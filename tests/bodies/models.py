@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 import traceback
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,16 +13,14 @@ from .layer import finish
 from .world import model_groups, whole, world
 
 
-def engine_config(model: dict[str, Any], **options: Any) -> Any:
-    """vLLM's configuration for a model of which only `config.json` exists."""
+def engine_config(model: str, dtype: str = "float32") -> Any:
+    """vLLM's configuration for a directory in which only `config.json` exists."""
     from vllm.engine.arg_utils import EngineArgs
 
-    path = Path(tempfile.mkdtemp(prefix="oproj_patch_model_"))
-    (path / "config.json").write_text(json.dumps(model))
     config = EngineArgs(
-        model=str(path), skip_tokenizer_init=True, load_format="dummy", dtype="float32",
+        model=model, skip_tokenizer_init=True, load_format="dummy", dtype=dtype,
         enforce_eager=True, max_model_len=128, max_num_batched_tokens=128, max_num_seqs=8,
-        disable_log_stats=True, **options,
+        disable_log_stats=True,
     ).create_engine_config()  # fmt: skip
     config.additional_config = {}
     return config
@@ -35,7 +31,7 @@ def create(config: Any) -> Any:
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    with set_default_torch_dtype(torch.float32):
+    with set_default_torch_dtype(config.model_config.dtype):
         loader = get_model_loader(config.load_config)
         return loader.create_model(vllm_config=config, model_config=config.model_config)
 
@@ -43,8 +39,7 @@ def create(config: Any) -> Any:
 def told(models: dict[str, dict[str, Any]], dp: int) -> dict[str, Any]:
     """By model: its layers after its own `load_weights`, or how building it ended.
 
-    models: name -> {"config": config.json, "env": environment, "weights": [[prefix of layer
-    names, their prefix in a checkpoint], ...]}.
+    models: name -> {"path": its directory, "env": environment}.
     """
     from vllm.plugins import load_general_plugins
 
@@ -54,9 +49,9 @@ def told(models: dict[str, dict[str, Any]], dp: int) -> dict[str, Any]:
         for name, case in models.items():
             os.environ.update(case["env"])
             try:
-                config = engine_config(case["config"])
+                config = engine_config(case["path"])
                 with model_groups(dp, config=config):
-                    found[name] = _layers(config, case["weights"], dp)
+                    found[name] = _layers(config, dp)
             except Exception:
                 found[name] = {"error": traceback.format_exc()}
             finally:
@@ -65,14 +60,10 @@ def told(models: dict[str, dict[str, Any]], dp: int) -> dict[str, Any]:
     return found
 
 
-def _layers(config: Any, renamed: list[list[str]], dp: int) -> dict[str, Any]:
+def _layers(config: Any, dp: int) -> dict[str, Any]:
     from vllm.model_executor.layers.linear import RowParallelLinear
 
     from oproj_patch.row_parallel import ShardedMixin
-
-    def in_checkpoint(key: str) -> str:
-        old, new = next((pair for pair in renamed if key.startswith(pair[0])), ("", ""))
-        return f"{new}{key.removeprefix(old)}.weight"
 
     # `check_model` has run in it.
     model = create(config)
@@ -81,9 +72,9 @@ def _layers(config: Any, renamed: list[list[str]], dp: int) -> dict[str, Any]:
     weights = {
         key: whole(layer.output_size, layer.input_size, torch.float32, seed=index)
         for index, (key, layer) in enumerate(layers.items())
-        if isinstance(layer, ShardedMixin) or "visual" in key
+        if isinstance(layer, ShardedMixin) or "vision" in key
     }
-    model.load_weights((in_checkpoint(key), weight) for key, weight in weights.items())
+    model.load_weights((f"{key}.weight", weight) for key, weight in weights.items())
     sharded: dict[str, Any] = {}
     plain: dict[str, Any] = {}
     for key, layer in layers.items():
@@ -93,9 +84,7 @@ def _layers(config: Any, renamed: list[list[str]], dp: int) -> dict[str, Any]:
             continue
         width = layer.input_size // (dp if of is sharded else 1)
         start = rank * width if of is sharded else 0
-        of[key]["exact"] = torch.equal(
-            layer.weight.data, weights[key][:, start : start + width]
-        )
+        of[key]["exact"] = torch.equal(layer.weight.data, weights[key][:, start : start + width])
     for key, layer in layers.items():
         if key in sharded:
             bias = 0 if layer.bias is None else layer.bias.data.fill_(0.5).double()
@@ -122,7 +111,7 @@ def _layers(config: Any, renamed: list[list[str]], dp: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def start(model: dict[str, Any], dp: int, then: str = "") -> list[str]:
+def start(model: str, dp: int, then: str = "", dtype: str = "float32") -> list[str]:
     """What a rank does when it starts: plug-ins, configuration, groups, model.
 
     then: a value to which the toggle is changed with the model built; what both ways to do so
@@ -131,15 +120,17 @@ def start(model: dict[str, Any], dp: int, then: str = "") -> list[str]:
     from vllm.plugins import load_general_plugins
 
     import oproj_patch
+    from oproj_patch import api
 
     load_general_plugins()
-    config = engine_config(model)
+    config = engine_config(model, dtype)
     with world(), model_groups(dp, config=config):
         create(config)
         if not then:
             return ["built"]
         said = []
-        for change in (lambda: oproj_patch.enable(then), oproj_patch.activate):
+        changes: list[Callable[[], None]] = [lambda: oproj_patch.enable(then), api.activate]
+        for change in changes:
             try:
                 change()
                 said.append("accepted")

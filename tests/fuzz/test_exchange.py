@@ -39,7 +39,8 @@ EXAMPLES = int(os.environ.get("OPROJ_TEST_FUZZ_EXAMPLES", "200"))
 SECONDS_TO_START = 180
 SECONDS_AN_EXAMPLE = 60
 # Of the largest output: rounding of the partial results before they are summed.
-TOLERANCE = {"float32": 5e-6, "float16": 2.5e-3, "bfloat16": 1.6e-2}
+# No float16: oneDNN, which vLLM multiplies with, does not know it on most CPUs.
+TOLERANCE = {"float32": 5e-6, "bfloat16": 1.6e-2}
 
 ROWS = st.one_of(st.just(0), st.integers(1, 8), st.integers(0, 512))
 

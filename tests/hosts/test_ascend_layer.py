@@ -1,4 +1,4 @@
-"""vllm-ascend's real packages on a CPU: sharded layers, idle ranks, quantization, torchair.
+"""vllm-ascend's real packages on a CPU: sharded layers, idle ranks, quantization.
 
 Each test runs two real ranks over gloo in children with that release's overlays. What of the
 NPU is stood in for is listed in `tests/bodies/ascend.py`; names of tests that stand in for
@@ -14,13 +14,11 @@ from typing import Any
 
 import pytest
 
-from oproj_patch.releases import ASCEND_RELEASES
 from tests import ranks
 from tests.bodies import ascend
 from tests.hosts.overlay import Host, environment
 
-RELEASES = tuple(ASCEND_RELEASES)
-TORCHAIR = {"torchair_graph_config": {"enabled": True}}
+RELEASES = ("0.18.0",)
 SECONDS = 240
 # Rows by step and rank: a profile run, both working, one idle, the other idle, both idle.
 PLAN = [[-6, -6], [3, 5], [4, 0], [0, 2], [0, 0]]
@@ -135,17 +133,6 @@ def test_w4a8_with_a_stand_in_for_npu_weight_quant_batchmatmul(
         assert layer["shapes"]["weight_scale_second"] == [32, 4]
         assert all(layer["exact"].values()), layer["exact"]
         assert layer["error"] <= 8e-3 * layer["scale"]
-
-
-@on("0.9.1", "0.11.0")
-def test_torchair_traces_the_layer_as_plain_collectives(host: Host, tmp_path: Path) -> None:
-    arguments = {"additional_config": TORCHAIR, "enforce_eager": False}
-    for result in run(host, "traced", 2, tmp_path, **arguments):
-        assert not any("oproj_patch" in target for target in result["targets"])
-        assert sum("all_to_all" in target for target in result["targets"]) == 2
-        assert result["custom"] <= 1e-5 and result["aot_eager"] <= 1e-5
-        # Prefill runs the same layer outside the graph, with unequal rows.
-        assert result["eager"] <= 1e-5 and result["exchanges"] == 1
 
 
 @on(*RELEASES)
