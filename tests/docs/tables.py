@@ -70,7 +70,7 @@ EVIDENCE: Mapping[str, str] = {
 }
 _ENGINES = {VLLM_RELEASES[-1]: "engine"}
 # The vllm-ascend releases whose layers are run; the others are imported only.
-_ASCEND_LAYERS = ("0.18.0",)
+_ASCEND_LAYERS = ("0.13.0", "0.18.0", "0.23.0")
 
 
 def evidence() -> dict[str, tuple[str, ...]]:

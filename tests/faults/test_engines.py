@@ -27,8 +27,8 @@ def test_nothing_is_left(what: str, number: signal.Signals) -> None:
     options = {"data_parallel_size": 2, "served_model_name": "demo"}
     with engine.node(options, engine.ON) as server:
         engine.until_healthy(server, 180)
-        assert "o_proj sharded 2-way over ranks [0, 1]" in server.log()
         engine.complete(server.port, "demo")
+        assert "o_proj sharded 2-way over ranks [0, 1]" in server.log()
         victim = server.named(what)[0] if what else server.process.pid
         os.kill(victim, number)
         taken = server.gone_after(SECONDS)

@@ -18,7 +18,7 @@ from tests import ranks
 from tests.bodies import ascend
 from tests.hosts.overlay import Host, environment
 
-RELEASES = ("0.18.0",)
+RELEASES = ("0.13.0", "0.18.0", "0.23.0")
 SECONDS = 240
 # Rows by step and rank: a profile run, both working, one idle, the other idle, both idle.
 PLAN = [[-6, -6], [3, 5], [4, 0], [0, 2], [0, 0]]
