@@ -34,13 +34,13 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def doctor(
-    *arguments: str, python: str = sys.executable, **changes: str
+    *arguments: str, python: str = sys.executable, cwd: Path = ROOT, **changes: str
 ) -> tuple[int, dict[str, Any]]:
     """Exit code and report of `python -m oproj_patch doctor --json ARGUMENTS`."""
     done = subprocess.run(
         [python, "-m", "oproj_patch", "doctor", "--json", *arguments],
         env=environment(**changes),
-        cwd=ROOT,
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -190,8 +190,8 @@ def test_a_host_that_cannot_be_imported(tmp_path: Path) -> None:
 
 
 def test_without_vllm(tmp_path: Path) -> None:
-    venv.create(tmp_path, with_pip=False)
-    code, report = doctor(python=str(tmp_path / "bin" / "python"), **{TOGGLE: "2"})
+    python, *_ = without_vllm(tmp_path)
+    code, report = doctor(python=python, cwd=tmp_path, **{TOGGLE: "2"})
     assert code == 1
     assert states(report, "host") == [("problem", None)]
     assert "vLLM is not installed" in text(report, "host")
@@ -203,13 +203,15 @@ def test_without_vllm(tmp_path: Path) -> None:
 
 
 def without_vllm(tmp_path: Path) -> list[str]:
+    """The command, in a folder with this package and no metadata of it: a build leaves some here."""
     venv.create(tmp_path, with_pip=False)
+    (tmp_path / "oproj_patch").symlink_to(ROOT / "oproj_patch")
     return [str(tmp_path / "bin" / "python"), "-m", "oproj_patch", "doctor"]
 
 
 def test_plain_in_a_pipe(tmp_path: Path) -> None:
     done = subprocess.run(
-        without_vllm(tmp_path), env=environment(), cwd=ROOT, capture_output=True, timeout=60
+        without_vllm(tmp_path), env=environment(), cwd=tmp_path, capture_output=True, timeout=60
     )
     assert done.returncode == 1
     assert b"\x1b" not in done.stdout
@@ -225,7 +227,7 @@ def test_coloured_on_a_terminal(tmp_path: Path, changes: dict[str, str], coloure
         done = subprocess.run(
             without_vllm(tmp_path),
             env=environment(TERM="xterm", **changes),
-            cwd=ROOT,
+            cwd=tmp_path,
             stdout=theirs,
             timeout=60,
         )
