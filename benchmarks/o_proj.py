@@ -64,7 +64,7 @@ FULL = (
         for dtype in ("float32", "bfloat16")
     ),
     *(
-        Run("r1", ranks, "bfloat16", equal(ranks, (24, 1024, 4096)), gemm=False)
+        Run("r1", ranks, "bfloat16", equal(ranks, (1, 8, 24, 64, 256, 1024, 4096)), gemm=False)
         for ranks in (2, 4, 8)
     ),
 )

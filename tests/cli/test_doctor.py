@@ -203,7 +203,7 @@ def test_without_vllm(tmp_path: Path) -> None:
 
 
 def without_vllm(tmp_path: Path) -> list[str]:
-    """The command, in a folder with this package and no metadata of it: a build leaves some here."""
+    """The command, in a folder with this package but none of the metadata that a build leaves."""
     venv.create(tmp_path, with_pip=False)
     (tmp_path / "oproj_patch").symlink_to(ROOT / "oproj_patch")
     return [str(tmp_path / "bin" / "python"), "-m", "oproj_patch", "doctor"]
