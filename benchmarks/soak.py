@@ -3,8 +3,8 @@
     python benchmarks/soak.py --requests 5000
 
 Clients send prompts of random length, some leave in the middle of an answer, and now and then
-all pause, so that ranks idle. Printed: answers, lost and hung requests, and resident memory.
-Exits with 1 when a request is lost or hangs.
+all pause, so that ranks idle. Printed: answers, lost and hung requests, and resident memory over
+time; with --off the same without the shim. Exits with 1 when a request is lost or hangs.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ TIMEOUT = 60.0
 """Seconds after which a request counts as hung."""
 LEAVES = 0.1
 """Share of requests whose client leaves before the answer is complete."""
-WARM_UP = 500
-"""Requests before memory is first measured: allocators and caches fill."""
+SAMPLES = 10
+"""How often memory is measured, at equal numbers of requests."""
 
 
 @dataclass
@@ -115,11 +115,11 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--clients", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=8.0, help="end after this time")
+    parser.add_argument("--minutes", type=float, default=15.0, help="end after this time")
+    parser.add_argument("--off", action="store_true", help="without the shim")
     options = parser.parse_args()
-    config = engines.EngineConfig(
-        demo_model.ensure("dense", trained=False), env={"OPROJ_TENSOR_PARALLEL_SIZE": "2"}
-    )
+    env = {} if options.off else {"OPROJ_TENSOR_PARALLEL_SIZE": "2"}
+    config = engines.EngineConfig(demo_model.ensure("dense", trained=False), env=env)
     lifetime = options.minutes * 60 + 300
     with engines.serve(config, deadline=240, lifetime=lifetime) as server:
         session = server._process._guard.pid
@@ -131,16 +131,16 @@ def main() -> int:
         begun = time.monotonic()
         for thread in threads:
             thread.start()
-        before: dict[str, float] = {}
+        samples: list[dict[str, float]] = []
         rng = random.Random(options.seed)
         pauses = 0
         while any(thread.is_alive() for thread in threads):
-            time.sleep(rng.uniform(5, 25))
+            time.sleep(rng.uniform(3, 12))
             if time.monotonic() - begun > options.minutes * 60:
                 with soak.lock:
                     soak.requests = soak.started
-            if not before and sum(soak.ended.values()) >= WARM_UP:
-                before = resident(session)
+            if sum(soak.ended.values()) >= (len(samples) + 1) * options.requests / SAMPLES:
+                samples.append(resident(session))
             soak.running.clear()  # a pause: running requests end, then both ranks idle
             time.sleep(rng.uniform(0.5, 4))
             pauses += 1
@@ -149,15 +149,16 @@ def main() -> int:
             thread.join(TIMEOUT)
         seconds = time.monotonic() - begun
         time.sleep(2)
-        after = resident(session)
+        samples.append(resident(session))
         print(f"{sum(soak.ended.values())} requests in {seconds:.0f} s with {pauses} pauses")
         for outcome, count in sorted(soak.ended.items()):
             print(f"  {outcome}: {count}")
         for problem in soak.problems[:10]:
             print(f"  {problem}")
-        print(f"resident memory, MiB, after {WARM_UP} requests and at the end:")
-        for name in sorted(after):
-            print(f"  {name}: {before.get(name, 0):.0f} -> {after[name]:.0f}")
+        print(f"resident memory, MiB, every {options.requests // SAMPLES} requests, at the end:")
+        for name in sorted(samples[-1]):
+            told = " ".join(f"{sample.get(name, 0):.0f}" for sample in samples)
+            print(f"  {name}: {told}")
         for worker in server.workers():
             print(f"  rank {worker['dp_rank']}: {worker['status']['exchanges']} exchanges")
     return 1 if soak.ended["lost"] or soak.ended["hung"] else 0

@@ -42,10 +42,9 @@ def __getattr__(name: str) -> Any:
 def plugin() -> None:
     """Entry point `vllm.general_plugins: oproj_patch`; vLLM calls it in every process."""
     if _asked_for():
-        from . import api, hosts
+        from . import api
 
-        api.activate()
-        hosts.let_ray_copy_our_variables(os.environ)
+        api.plugin_loaded()
 
 
 def _asked_for() -> bool:

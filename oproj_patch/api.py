@@ -26,6 +26,8 @@ PARALLEL_STATE = "vllm.distributed.parallel_state"
 # would keep the hook for ever.
 HOOK_AFTER = "vllm.distributed"
 HOOKED = "init_model_parallel_group"
+# Groups that vLLM creates through it before the data-parallel one.
+BEFORE_DP = ("inner_dp_world", "tp", "etp", "edp", "dcp", "pcp", "pp")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class _State:
     installed: list[Installed] | None = None
     undo_environment: Callable[[], None] | None = None
     undo_builtin: Callable[[], None] | None = None
+    undo_ray: Callable[[], None] | None = None
 
 
 _state = _State()
@@ -82,14 +85,24 @@ def activate() -> None:
     if wanted == _state.settings and _state.refusal is None:
         return
     _refuse_while_sharded(f"{TOGGLE} changed")
-    if not wanted.enabled:
-        _withdraw()
-        return
     _withdraw()
+    if not wanted.enabled:
+        _withdraw_from_ray()
+        return
     _state.settings = wanted
     _state.undo_environment = hosts.let_children_load_us(os.environ)
     _state.undo_builtin = builtin.watch(wanted)
     _hook_group_creation()
+
+
+def plugin_loaded() -> None:
+    """What vLLM's plugin loader calls: `activate`, and let vLLM copy our variables to Ray workers.
+
+    Raises as `activate` does.
+    """
+    activate()
+    if _state.undo_ray is None:
+        _state.undo_ray = hosts.let_ray_copy_our_variables(os.environ)
 
 
 def enable(size: int | str | None = None) -> None:
@@ -113,13 +126,14 @@ def enable(size: int | str | None = None) -> None:
 
 
 def disable() -> None:
-    """Undo everything: vLLM's attributes are the originals again, the toggle is unset.
+    """Undo everything: vLLM's attributes and the environment are as before, the toggle is unset.
 
     Raises OprojError while sharded layers exist in this process.
     """
     _refuse_while_sharded("disable() was called")
     _restore(None)
     _withdraw()
+    _withdraw_from_ray()
 
 
 def status() -> Status:
@@ -167,21 +181,50 @@ def _hook(_: Any) -> None:
     if original is None:
         raise OprojError(
             "OPROJ008",
-            f"{PARALLEL_STATE}.{HOOKED} of vLLM {hosts.vllm_version()} cannot be found; "
-            "oproj_patch needs it to create the otp group: install a supported release "
-            f"({VLLM_RELEASES[0]} to {VLLM_RELEASES[-1]}), or unset {TOGGLE}.",
+            f"{PARALLEL_STATE}.{HOOKED} of vllm {hosts.vllm_version()} cannot be found; "
+            "oproj_patch needs it to create the otp group: see "
+            f"{parallel_state.__file__}, install a supported release ({VLLM_RELEASES[0]} to "
+            f"{VLLM_RELEASES[-1]}), or unset {TOGGLE}.",
         )
     _state.hook = (parallel_state, original)
     setattr(parallel_state, HOOKED, wrapt.FunctionWrapper(original, _first_group))
 
 
-def _first_group(_: Any, __: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _first_group(create: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """vLLM creates its first group: install every seam, then let it go on."""
+    # Without a hook this is called through a copy of it, made by an import.
+    if _state.refusal is None and _state.hook is not None:
+        try:
+            _install()
+        except OprojError as error:
+            _state.refusal = error
     if _state.refusal is not None:
-        raise _state.refusal
-    if _state.hook is not None:  # else called through a copy of the hook, made by an import
-        _install()
+        return _refuse(_state.refusal, create, args, kwargs)
     return getattr(sys.modules[PARALLEL_STATE], HOOKED)(*args, **kwargs)
+
+
+def _refuse(refusal: OprojError, create: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Raise `refusal` where all ranks can hear of it, or they would wait for this one."""
+    import inspect
+
+    from torch import distributed
+    from vllm.config import get_current_vllm_config
+
+    toggle = os.environ.pop(TOGGLE, None)
+    try:  # with the toggle, the import of the package may have failed, and would again
+        from . import otp_group, refusals
+    finally:
+        _restore(toggle)
+    given = inspect.signature(create).bind(*args, **kwargs).arguments
+    name = given.get("group_name")
+    alone = distributed.get_world_size() == 1
+    if name not in (*BEFORE_DP, "dp") or alone or refusals.elastic(get_current_vllm_config()):
+        raise refusal
+    group = create(*args, **kwargs)
+    if name == "dp":
+        ranks, backend = given["group_ranks"], given["backend"]
+        otp_group.create(ranks, [], backend, _state.settings, {}, group, refusal)
+    return group
 
 
 def _install() -> None:
@@ -222,6 +265,13 @@ def _withdraw() -> None:
     _state.refusal = None
     _state.versions = _state.installed = None
     _state.undo_environment = _state.undo_builtin = None
+
+
+def _withdraw_from_ray() -> None:
+    # Not part of `_withdraw`: another size does not make vLLM load its plugins again.
+    if _state.undo_ray is not None:
+        _state.undo_ray()
+    _state.undo_ray = None
 
 
 def _restore(toggle: str | None) -> None:

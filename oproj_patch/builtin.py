@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from . import hosts
 from .errors import OprojError
+from .seams.registry import Installed, Seam, install, undo
 from .settings import TOGGLE, Settings
 
 CONFIG = "vllm_ascend.ascend_config"
@@ -33,39 +35,53 @@ def configured(additional_config: Any) -> Iterator[tuple[dict[str, Any], str]]:
             yield holder, name
 
 
-def watch(settings: Settings) -> Callable[[], None]:
-    """Stand between vllm-ascend and its option, now or once it is imported; returns the undo."""
-    patched: list[tuple[Any, Any]] = []
-    watching = [True]
-
-    def patch(module: Any) -> None:
-        if not watching:
-            return
-        import wrapt
-
-        original = module.AscendConfig.__init__
-        module.AscendConfig.__init__ = wrapt.FunctionWrapper(original, constructed)
-        patched.append((module.AscendConfig, original))
+def seam(settings: Settings) -> Seam:
+    """The one symbol of vllm-ascend that is patched as soon as its module is imported."""
 
     def constructed(wrapped: Any, _: Any, args: Any, kwargs: Any) -> None:
         vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
         with _out_of_sight(vllm_config.additional_config, settings):
             wrapped(*args, **kwargs)
 
+    return Seam(
+        module=CONFIG,
+        path="AscendConfig.__init__",
+        wrapper=constructed,
+        parameters=("vllm_config",),
+        why="Serve vllm-ascend's own o_proj option, or refuse it beside a number.",
+        lower="The option is read here, once, before any group or layer exists.",
+        unpatched="vllm-ascend would shard the same layers, or refuse to start in eager mode.",
+        upstream="vllm_ascend/ascend_config.py",
+        remove="The option is gone.",
+    )
+
+
+def watch(settings: Settings) -> Callable[[], None]:
+    """Stand between vllm-ascend and its option, now or once it is imported; returns the undo.
+
+    Patching raises OprojError when the constructor is not as expected.
+    """
+    patched: list[Installed] = []
+    watching = [True]
+
+    def patch(_: Any) -> None:
+        if watching:
+            found = hosts._distribution("vllm-ascend") or "unknown"
+            patched.extend(install([seam(settings)], f"vllm-ascend {found}"))
+
     if CONFIG in sys.modules:
-        patch(sys.modules[CONFIG])
+        patch(None)
     else:
         import wrapt
 
         wrapt.register_post_import_hook(patch, CONFIG)
 
-    def undo() -> None:
+    def stop() -> None:
         watching.clear()
-        for cls, original in patched:
-            cls.__init__ = original
+        undo(patched)
         patched.clear()
 
-    return undo
+    return stop
 
 
 @contextmanager

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +29,7 @@ from . import handshake, otp_group, row_counts, weight_gather
 from .errors import OprojError
 from .otp_group import OtpGroup
 from .row_counts import Counts
+from .settings import DEBUG
 
 Gemm = Callable[[torch.Tensor], torch.Tensor]
 
@@ -180,25 +183,32 @@ def run(
     """One sharded o_proj: x [..., K] -> [..., hidden], as the unsharded layer would give it.
 
     name: the layer's name; gemm: the local GEMM, [sum(T), K/N] -> [sum(T), hidden].
-    Raises OprojError when row counts or, in debug mode, the ranks' places differ.
+    Raises OprojError when row counts or, in debug mode, the ranks' places differ, and when a rank
+    does not take part within the group's timeout.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if group.settings.debug:
-        _compare_places(name, rows.shape[0], group, host)
-    counts = row_counts.across_group(rows.shape[0], group, host, name)
-    group.exchanges += 1
-    group.rows += counts[group.rank]
-    layer = group.layers[name]
-    if (
-        weight_gather.wins(layer.oproj.gather_from, counts)
-        and not host.capturing()
-        and _gather_verified(layer, rows, gemm, group)
-    ):
-        group.gathers += 1
-        group.gathered_rows += counts[group.rank]
-        output = weight_gather.run(rows, layer, gemm, group)
-    else:
-        output = _exchanged(rows, counts, hidden, gemm, group)
+    step = group.exchanges
+    try:
+        if group.settings.debug:
+            _compare_places(name, rows.shape[0], group, host)
+        counts = row_counts.across_group(rows.shape[0], group, host, name)
+        group.exchanges += 1
+        group.rows += counts[group.rank]
+        layer = group.layers[name]
+        if (
+            weight_gather.wins(layer.oproj.gather_from, counts)
+            and not host.capturing()
+            and _gather_verified(layer, rows, gemm, group)
+        ):
+            group.gathers += 1
+            group.gathered_rows += counts[group.rank]
+            output = weight_gather.run(rows, layer, gemm, group)
+        else:
+            output = _exchanged(rows, counts, hidden, gemm, group)
+    except RuntimeError as error:
+        if not _between_ranks(error):
+            raise
+        raise _failed(f"exchange {step} of {name}", error, group) from error
     return output.view(*x.shape[:-1], hidden)
 
 
@@ -274,11 +284,9 @@ def _compare_places(name: str, rows: int, group: OtpGroup, host: row_counts.Host
     step = group.exchanges
     told = row_counts.told(rows, group, host) or (-1,) * group.size
     seconds = group.settings.handshake_seconds
-    try:
-        places = row_counts.gather((names.index(name), step, rows, *told), group, seconds)
-    except RuntimeError as error:
-        _name_absent(f"exchange {step} of {name}", str(error).splitlines()[0], group)
-    layers, steps, their_rows, *views = places
+    layers, steps, their_rows, *views = row_counts.gather(
+        (names.index(name), step, rows, *told), group, seconds
+    )
     for rank, (layer, their_step) in enumerate(zip(layers, steps, strict=True)):
         if (names[layer], their_step) != (name, step):
             raise OprojError(
@@ -297,32 +305,71 @@ def _compare_places(name: str, rows: int, group: OtpGroup, host: row_counts.Host
             )
 
 
-def _name_absent(where: str, problem: str, group: OtpGroup) -> NoReturn:
-    """Raise OprojError naming the ranks that did not come to `where`: the store tells."""
+def _between_ranks(error: RuntimeError) -> bool:
+    """Whether a collective raised `error`, and not the GEMM or a refusal of ours."""
+    waiting = (_wait, _receive, _send, _all_to_all, weight_gather._gather, row_counts.gather)
+    raised_in = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return not raised_in.isdisjoint(function.__code__ for function in waiting)
 
-    def verdict(records: Mapping[int, handshake.Record | None]) -> OprojError | None:
+
+def _failed(where: str, error: RuntimeError, group: OtpGroup) -> OprojError:
+    """What to raise for an exchange that failed, naming the ranks that did not come to it."""
+    problem = str(error).splitlines()[0].partition(". ")[0]
+    found: list[OprojError] = []
+
+    def ask() -> None:
+        try:
+            handshake.agree(
+                otp_group.store(),
+                f"{group.store_key}/failed",
+                group.ranks[group.rank],
+                group.ranks,
+                {"where": where},
+                handshake.HEARD_SECONDS,
+                _absent(problem, group),
+            )
+        except OprojError as verdict:
+            found.append(verdict)
+
+    # A store whose machine is gone does not answer, and its client has no deadline.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(3 * handshake.HEARD_SECONDS)
+    if found:
+        return found[0]
+    return OprojError(
+        "OPROJ013",
+        f"an exchange between the ranks {group.ranks} failed ({problem}), and the key-value store "
+        "on rank 0 does not answer: look at the machine and the log of rank 0 first.",
+    )
+
+
+def _absent(problem: str, group: OtpGroup) -> handshake.Verdict:
+    """Verdict on a failed exchange: the ranks without a record were not in it."""
+    timeout = otp_group.timeout_of(group.device_group)
+    seconds = group.settings.handshake_seconds
+    if not group.settings.debug and timeout is not None:
+        seconds = timeout.total_seconds()
+
+    def verdict(records: Mapping[int, handshake.Record | None]) -> OprojError:
         absent = [rank for rank, record in records.items() if record is None]
-        who = f"rank {', '.join(map(str, absent or group.ranks))}"
-        waiting = "; ".join(
-            f"rank {rank} waits at {record['where']}" for rank, record in records.items() if record
-        )
+        places = {rank: record["where"] for rank, record in records.items() if record}
+        waiting = "; ".join(f"rank {rank} was at {where}" for rank, where in places.items())
+        if not absent:
+            return OprojError(
+                "OPROJ013",
+                f"an exchange between the ranks {group.ranks} failed on all of them ({waiting}: "
+                f"{problem}): the ranks ran different forward passes, or the network failed; set "
+                f"{DEBUG}=1 to see which, and report model, options and release.",
+            )
         return OprojError(
             "OPROJ013",
-            f"{who} did not arrive within {group.settings.handshake_seconds:g} s, or has ended "
-            f"({waiting}: {problem}): look for the error in the log of that rank, or for what it "
-            "is busy with.",
+            f"rank {', '.join(map(str, absent))} did not arrive within {seconds:g} s, or has "
+            f"ended ({waiting}: {problem}): look for the error in the log of that rank, or for "
+            "what it is busy with.",
         )
 
-    handshake.agree(
-        otp_group.store(),
-        f"{group.store_key}/absent",
-        group.ranks[group.rank],
-        group.ranks,
-        {"where": where},
-        handshake.HEARD_SECONDS,
-        verdict,
-    )
-    raise AssertionError("the verdict is always an error")
+    return verdict
 
 
 # The op as torch.compile sees it: opaque, one call, named by the layer. wrapt wrappers and

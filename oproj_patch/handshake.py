@@ -117,9 +117,10 @@ def same_settings(record: Record, seconds: float, host_of: Callable[[int], str |
     def verdict(records: Mapping[int, Record | None]) -> OprojError | None:
         values = {rank: other for rank, other in records.items() if other is not None}
         refusals = {rank: other[REFUSAL] for rank, other in values.items() if other.get(REFUSAL)}
-        if refusals:
-            return _refused(refusals, values)
         absent = [rank for rank in records if rank not in values]
+        if refusals:
+            error = _refused(refusals, values)
+            return RankAbsentError(error.code, error.sentence) if absent else error
         if absent:
             present = sorted({other["host"] for other in values.values()})
             told = "; ".join(

@@ -135,8 +135,8 @@ def let_children_load_us(environ: MutableMapping[str, str]) -> Callable[[], None
     return undo
 
 
-def let_ray_copy_our_variables(environ: MutableMapping[str, str]) -> None:
-    """Make vLLM copy our variables to Ray workers. Called by vLLM, from its plugin loader.
+def let_ray_copy_our_variables(environ: MutableMapping[str, str]) -> Callable[[], None]:
+    """Make vLLM copy our variables to Ray workers; returns what takes exactly that back.
 
     vLLM copies what its platform names in `additional_env_vars` (0.9.1 to 0.18) or
     what `VLLM_RAY_EXTRA_ENV_VARS_TO_COPY` names (since 0.17; older ones do not know it).
@@ -144,13 +144,31 @@ def let_ray_copy_our_variables(environ: MutableMapping[str, str]) -> None:
     from vllm import envs
     from vllm.platforms import current_platform
 
+    before = environ.get(RAY_EXTRA)
+    present = before.split(",") if before else []
+    ours: list[str] = []
     if RAY_EXTRA in envs.environment_variables:
-        present = list(filter(None, environ.get(RAY_EXTRA, "").split(",")))
-        missing = [name for name in VARIABLES if name not in present]
-        environ[RAY_EXTRA] = ",".join(present + missing)
+        ours = [name for name in VARIABLES if name not in present]
+        environ[RAY_EXTRA] = ",".join(present + ours)
     names = getattr(current_platform, "additional_env_vars", None)
-    if isinstance(names, list):
-        names.extend(name for name in VARIABLES if name not in names)
+    if not isinstance(names, list):
+        names = []
+    added = [name for name in VARIABLES if name not in names]
+    names.extend(added)
+
+    def undo() -> None:
+        # By name: others may have added theirs since.
+        for name in set(added).intersection(names):
+            names.remove(name)
+        if not ours:
+            return
+        left = [name for name in environ.get(RAY_EXTRA, "").split(",") if name not in ours]
+        if any(left) or before is not None:
+            environ[RAY_EXTRA] = ",".join(left)
+        else:
+            environ.pop(RAY_EXTRA, None)
+
+    return undo
 
 
 def _distribution(*names: str) -> str | None:

@@ -6,14 +6,14 @@ names that begin with `tp` or `pp` get shared memory on the CPU.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import socket
 import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -112,7 +112,6 @@ class OtpGroup:
 
 
 _current: OtpGroup | None = None
-_absence: handshake.RankAbsentError | None = None
 
 
 def current() -> OtpGroup | None:
@@ -122,8 +121,6 @@ def current() -> OtpGroup | None:
 
 def require(what: str) -> OtpGroup:
     """This process's otp group; raises OprojError naming `what` needs it."""
-    if _absence is not None:
-        raise _absence
     if _current is None:
         raise OprojError(
             "OPROJ007",
@@ -142,18 +139,17 @@ def create(
     versions: dict[str, str],
     like: Any = None,
     refusal: OprojError | None = None,
-) -> OtpGroup | None:
+) -> OtpGroup:
     """Create this process's otp group. Every rank of the world calls it at the same point.
 
     dp_groups, tp_groups: global ranks of all of vLLM's groups of that kind.
     backend: torch.distributed backend of the device group.
     like: vLLM's coordinator of this rank's data-parallel group; ours take its timeouts.
     refusal: why this rank cannot start; told to the others, so that all end alike.
-    Returns None when a rank gave no answer: see `let_go`.
-    Raises OprojError when sizes do not fit or the ranks do not agree; then no process group
-    has been created on any rank.
+    Raises OprojError when sizes do not fit, the ranks do not agree, or one gives no answer; then
+    no process group of ours has been created on any rank.
     """
-    global _current, _absence
+    global _current
     if _current is not None:
         raise OprojError(
             "OPROJ010",
@@ -168,20 +164,23 @@ def create(
     if refusal is not None:
         record[handshake.REFUSAL] = str(refusal)
     seconds = settings.handshake_seconds
+    world = sorted(itertools.chain.from_iterable(dp_groups))
     try:
         handshake.agree(
             store(),
             f"{key}/settings",
             rank,
-            sorted(itertools.chain.from_iterable(dp_groups)),
+            world,
             record,
             seconds,
             handshake.same_settings(record, seconds, _host),
         )
-    except handshake.RankAbsentError as error:
-        _absence = error
-        return None
     except OprojError as error:
+        if isinstance(error, handshake.RankAbsentError):
+            # Where the store has ended with its rank, so have those that wait for it.
+            with contextlib.suppress(RuntimeError):
+                if rank == next(r for r in world if store().check([f"{key}/settings/{r}"])):
+                    _end_unaware(len(dp_groups))
         if refusal is not None and str(error) == str(refusal):
             raise refusal from None
         raise
@@ -212,8 +211,8 @@ def create(
 
 def destroy() -> None:
     """Destroy this process's otp group, if there is one."""
-    global _current, _absence
-    group, _current, _absence = _current, None, None
+    global _current
+    group, _current = _current, None
     if group is None:
         return
     owned = {
@@ -228,25 +227,6 @@ def destroy() -> None:
     if dist.is_initialized():
         for process_group in owned.values():
             dist.destroy_process_group(process_group)
-
-
-def let_go(create_group: Callable[[], Any], seconds: float) -> Any:
-    """Call vLLM's creation of one more process group, for the sake of a rank that is unaware.
-
-    That rank would wait in it for minutes. When all groups exist every aware rank raises, in
-    `require`, and the unaware one ends at its next collective with them.
-    Raises the hand-shake's error when the group is not there after `seconds`.
-    """
-    if _absence is None:
-        return create_group()
-    result: list[Any] = []
-    # A rank that has ended, rather than being unaware, will never come: hence the thread.
-    thread = threading.Thread(target=lambda: result.append(create_group()), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not result:
-        raise _absence
-    return result[0]
 
 
 def seal(group: OtpGroup) -> None:
@@ -307,8 +287,8 @@ def _new_groups(
 ) -> tuple[list[int], Any, Any]:
     """The member list, device group and CPU group of this rank; all ranks create all groups."""
     mine: tuple[list[int], Any, Any] | None = None
-    device_timeout = _timeout(getattr(like, "device_group", None))
-    cpu_timeout = _timeout(getattr(like, "cpu_group", None))
+    device_timeout = timeout_of(getattr(like, "device_group", None))
+    cpu_timeout = timeout_of(getattr(like, "cpu_group", None))
     for ranks in groups:
         device_group = dist.new_group(list(ranks), timeout=device_timeout, backend=backend)
         cpu_group = (
@@ -322,7 +302,7 @@ def _new_groups(
     return mine
 
 
-def _timeout(process_group: Any) -> timedelta | None:
+def timeout_of(process_group: Any) -> timedelta | None:
     """Timeout of a process group; None, which means torch's default, where it is not told."""
     try:
         device = process_group._device_types[0]
@@ -330,6 +310,23 @@ def _timeout(process_group: Any) -> timedelta | None:
     except (AttributeError, IndexError, RuntimeError):
         return None
     return timeout
+
+
+def _end_unaware(groups: int) -> None:
+    """Make vLLM's next process group fail on the ranks that are waiting for us in it.
+
+    A rank that knows nothing of the hand-shake goes on to that group and would wait there for
+    minutes, or start and live on without its peers. gloo raises when what another rank published
+    is no address; the place is not documented, and where it is another one nothing happens.
+
+    groups: how many groups of each kind vLLM creates at most.
+    """
+    c10d = dist.distributed_c10d
+    following = c10d._world.group_count
+    for name in range(following, following + 2 * groups):  # one for the device, one for the CPU
+        place = c10d.PrefixStore("cpu/", c10d.PrefixStore(f"{name}/", store()))
+        for rank in range(dist.get_world_size()):
+            place.set(f"0/{rank}", "\0" * 64)
 
 
 def _host(rank: int) -> str | None:

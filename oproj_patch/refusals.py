@@ -164,6 +164,11 @@ def check_stateless(vllm_config: Any, settings: Settings) -> None:
     _apply(ELASTIC, vllm_config, settings)
 
 
+def elastic(vllm_config: Any) -> bool:
+    """Whether vLLM creates no data-parallel group in the usual way."""
+    return ELASTIC.found(vllm_config) is not None
+
+
 def _apply(rule: Rule, vllm_config: Any, settings: Settings) -> None:
     value = rule.found(vllm_config)
     if value is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +106,20 @@ def undo(installed: Sequence[Installed]) -> None:
         entry.undo()
 
 
+def source(module: str, path: str) -> str:
+    """The file in which `path` of `module` is, or was: the nearest there is."""
+    while module not in sys.modules and "." in module:
+        module, path = module.rpartition(".")[0], ""
+    owner = vars(sys.modules[module]).get(path.partition(".")[0]) if module in sys.modules else None
+    # A package may only re-export the class.
+    defined_in = getattr(owner, "__module__", None)
+    for name in (defined_in, module):
+        file = getattr(sys.modules.get(name or ""), "__file__", None)
+        if file is not None:
+            return str(file)
+    return f"{module.replace('.', '/')}.py"
+
+
 def _is_absent(error: Exception, seam: Seam) -> bool:
     """Whether the symbol itself is absent, and not something its module failed to import."""
     if isinstance(error, ModuleNotFoundError):
@@ -116,7 +131,7 @@ def _drift(seam: Seam, host: str, what: str) -> OprojError:
     return OprojError(
         "OPROJ008",
         f"{seam.symbol} of {host} {what}; oproj_patch needs it to "
-        f"{seam.why[0].lower()}{seam.why[1:].rstrip('.')}: see {seam.module.replace('.', '/')}.py, "
+        f"{seam.why[0].lower()}{seam.why[1:].rstrip('.')}: see {source(seam.module, seam.path)}, "
         f"install a supported release (vllm {releases.VLLM_RELEASES[0]} to "
         f"{releases.VLLM_RELEASES[-1]}, vllm-ascend {', '.join(releases.ASCEND_RELEASES)}), or "
         "unset OPROJ_TENSOR_PARALLEL_SIZE.",

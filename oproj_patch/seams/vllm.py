@@ -6,7 +6,6 @@ original and drops it without a word. What is traced is the sharded class of `ro
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
 from collections.abc import Callable
@@ -96,9 +95,7 @@ def seams(
             if given.get("group_name") == "tp":
                 refusals.check_stateless(_vllm_config(), settings)
                 tp_groups[:] = given["group_ranks"]
-            return otp_group.let_go(
-                functools.partial(wrapped, *args, **kwargs), settings.handshake_seconds
-            )
+            return wrapped(*args, **kwargs)
         dp_groups = given["group_ranks"]
         refusal: OprojError | None = None
         try:

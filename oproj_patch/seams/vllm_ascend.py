@@ -27,6 +27,7 @@ from .registry import Seam
 
 DISTRIBUTION = "vllm-ascend"
 TORCHAIR = "vllm_ascend.torchair"
+SPARSE = "vllm_ascend.models.deepseek_v3_2"
 
 # Operators vllm-ascend may put in place of a row-parallel forward that change nothing
 # without tensor parallelism: they reduce over the tensor-parallel group only.
@@ -89,6 +90,9 @@ def seams(settings: Settings, versions: dict[str, str]) -> tuple[Seam, ...]:
     if _torchair() is None:
         # vllm-ascend imports these modules, and torchair with them, only in that mode.
         own = [entry for entry in own if not entry.module.startswith(TORCHAIR)]
+    # To import this one turns every DeepSeek into V3.2: its last line exchanges the constructor
+    # of vLLM's decoder layer.
+    own = [entry for entry in own if entry.module != SPARSE or _builds_sparse()]
     return (*vllm.seams(settings, versions, host, refuse), *own)
 
 
@@ -311,6 +315,11 @@ def _conflicts(vllm_config: Any, config: Any, version: str) -> list[tuple[str, s
         "an idle rank runs the drafter once there, a working one once a token; set "
         "num_speculative_tokens to 1, or unset the variable",
     )
+    when(
+        releases.in_range(version, "0.9.1", "0.9.1") and not _second_engine(),
+        "VLLM_USE_V1=0, which is the default there",
+        "vLLM's first engine is not supported; set VLLM_USE_V1=1, or unset the variable",
+    )
     found += _graph_conflicts(vllm_config, config, version)
     return found
 
@@ -418,6 +427,21 @@ def _ascend_config() -> Any:
 
     # The worker has initialised it by the time vLLM creates its groups.
     return ascend_config._ASCEND_CONFIG
+
+
+def _second_engine() -> bool:
+    from vllm import envs
+
+    return bool(envs.VLLM_USE_V1)
+
+
+def _builds_sparse() -> bool:
+    """Whether vllm-ascend builds the model from its own module for V3.2 (without torchair)."""
+    from vllm.config import get_current_vllm_config
+
+    model = get_current_vllm_config().model_config
+    architectures = getattr(getattr(model, "hf_config", None), "architectures", None) or ()
+    return _torchair() is None and "DeepseekV32ForCausalLM" in architectures
 
 
 def _torchair() -> Any:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
-import json
 import multiprocessing
 import os
-import signal
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
+
+from . import forks
 
 TOGGLE = "OPROJ_TENSOR_PARALLEL_SIZE"
 SEAMS = {
@@ -71,16 +70,17 @@ def prepare() -> None:
 @contextlib.contextmanager
 def world() -> Any:
     """A world of this process alone."""
-    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
 
-    with tempfile.TemporaryDirectory() as scratch:
+    from .host_layer import configuration
+
+    with tempfile.TemporaryDirectory() as scratch, set_current_vllm_config(configuration()):
         parallel_state.init_distributed_environment(
             1, 0, f"file://{scratch}/store", 0, backend="gloo"
         )
         try:
-            with set_current_vllm_config(VllmConfig()):
-                yield parallel_state
+            yield parallel_state
         finally:
             parallel_state.destroy_distributed_environment()
 
@@ -248,6 +248,8 @@ def copies_of_the_hook() -> None:
 
 def missing(symbol: str) -> None:
     """Without `symbol` nothing is patched, and who goes on is refused again."""
+    import vllm
+
     module, path = next(
         (sys.modules[module], path)
         for module, paths in SEAMS.items() for path in paths if f"{module}.{path}" == symbol
@@ -256,6 +258,7 @@ def missing(symbol: str) -> None:
     if attribute == "__init__":  # it would be inherited: the class itself is gone
         owner_path, attribute = "", owner_path
     owner = getattr(module, owner_path) if owner_path else module
+    file = sys.modules[owner.__module__].__file__ if owner_path else owner.__file__
     delattr(owner, attribute)
     before = snapshot()
     import oproj_patch
@@ -270,7 +273,8 @@ def missing(symbol: str) -> None:
             assert changed(before) == ["vllm.distributed.parallel_state.init_model_parallel_group"]
         oproj_patch.disable()
         assert changed(before) == []
-    for part in (symbol, "0.32.0", "0.9.1 to 0.32.0", TOGGLE):
+    release = f" of vllm {vllm.__version__} "
+    for part in (symbol, release, f" see {file}, ", "0.9.1 to 0.32.0", TOGGLE):
         assert part in message, (part, message)
 
 
@@ -321,18 +325,46 @@ def failure_while_wrapping() -> None:
 def untested_version() -> None:
     import vllm
 
+    for version in ("0.99.0", "0.9.0", "1.0"):
+        vllm.__version__ = version
+        refused(version)
+    os.environ["OPROJ_PATCH_SKIP_VERSION_CHECK"] = "1"
+    accepted()
+
+
+def refused(version: str) -> None:
+    """The release is named, and nothing is patched."""
+    import oproj_patch
+
+    oproj_patch.disable()
+    before = snapshot()
+    oproj_patch.enable(2)
+    message = raises("OPROJ009", first_group)
+    assert f"requested vllm 0.9.1 to 0.32.0, found {version};" in message, message
+    assert "OPROJ_PATCH_SKIP_VERSION_CHECK=1" in message and TOGGLE in message
+    assert changed(before) == ["vllm.distributed.parallel_state.init_model_parallel_group"]
+    oproj_patch.disable()
+    assert changed(before) == []
+
+
+def lacking_the_loader() -> None:
+    import vllm
+    from vllm.model_executor import model_loader
+
     import oproj_patch
 
     before = snapshot()
-    for version in ("0.99.0", "0.9.0", "1.0"):
-        vllm.__version__ = version
-        oproj_patch.enable(2)
-        message = raises("OPROJ009", first_group)
-        assert f"requested vllm 0.9.1 to 0.32.0, found {version}" in message, message
-        assert "OPROJ_PATCH_SKIP_VERSION_CHECK=1" in message and TOGGLE in message
-        assert changed(before) == ["vllm.distributed.parallel_state.init_model_parallel_group"]
-    os.environ["OPROJ_PATCH_SKIP_VERSION_CHECK"] = "1"
-    oproj_patch.enable()
+    oproj_patch.enable(2)
+    message = raises("OPROJ008", first_group)
+    assert f"base_loader.initialize_model of vllm {vllm.__version__} cannot be found" in message
+    assert f" see {model_loader.__file__}, " in message, message
+    assert changed(before) == ["vllm.distributed.parallel_state.init_model_parallel_group"]
+
+
+def accepted() -> None:
+    import oproj_patch
+
+    oproj_patch.enable(2)
     first_group()
     assert set(oproj_patch.status().seams) == SYMBOLS
 
@@ -406,6 +438,41 @@ def entry_point() -> None:
     assert len(os.environ[ray].split(",")) == 1 + len(VARIABLES)
 
 
+def variables_for_ray() -> None:
+    """vLLM's plugin loading names ours to Ray; switching off takes exactly those away again."""
+    from vllm import plugins
+    from vllm.platforms import current_platform
+
+    import oproj_patch
+    from oproj_patch.settings import VARIABLES
+
+    ray = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+    platform = type(current_platform)
+    for before, since, after in (
+        (None, "", None), ("", "", ""), ("MINE", "", "MINE"), ("A,,B", "", "A,,B"),
+        (f"A,{TOGGLE}", "", f"A,{TOGGLE}"), ("A", ",LATER", "A,LATER"), (None, ",LATER", "LATER"),
+    ):  # fmt: skip
+        for off in (oproj_patch.disable, lambda: oproj_patch.enable(0)):
+            names = ["theirs", VARIABLES[1]]  # as vLLM up to 0.18 has it
+            platform.additional_env_vars = names
+            os.environ.pop(ray, None)
+            if before is not None:
+                os.environ[ray] = before
+            os.environ[TOGGLE] = "2"
+            plugins.plugins_loaded = False
+            plugins.load_general_plugins()
+            oproj_patch.enable(4)  # another size keeps them
+            oproj_patch.plugin()
+            assert sorted(filter(None, os.environ[ray].split(","))) == sorted(
+                {*filter(None, (before or "").split(",")), *VARIABLES}
+            )
+            assert names[:2] == ["theirs", VARIABLES[1]] and sorted(names[1:]) == sorted(VARIABLES)
+            os.environ[ray] += since
+            off()
+            assert os.environ.get(ray) == after, (before, os.environ.get(ray))
+            assert platform.additional_env_vars is names and names == ["theirs", VARIABLES[1]]
+
+
 def bad_toggle_through_the_entry_point() -> None:
     """vLLM swallows what a plugin raises while it is loaded: no engine may start all the same."""
     from vllm import plugins
@@ -476,7 +543,7 @@ CASES: dict[str, Callable[[], None]] = {
         import_after_vllm, import_twice, on_off_on, undo_before_patch, size_changed_before_groups,
         refused_size_leaves_things_as_they_are, off, copies_of_the_hook, changed_signature,
         failure_while_wrapping, untested_version, version_gate_reads_any_form,
-        auto_without_a_size, environment_of_children, entry_point,
+        auto_without_a_size, environment_of_children, entry_point, variables_for_ray,
         bad_toggle_through_the_entry_point, children, forked_child_is_its_own,
     )
 }  # fmt: skip
@@ -486,27 +553,46 @@ def in_forks() -> dict[str, str]:
     """Every case in its own fork of this process: "" or the traceback."""
     prepare()
     assert "oproj_patch" not in sys.modules
-    calls: dict[str, Callable[[], None]] = dict(CASES)
-    for symbol in SYMBOLS:
-        calls[f"missing {symbol}"] = lambda symbol=symbol: missing(symbol)  # type: ignore[misc]
-    return {name: _forked(call) for name, call in calls.items()}
+    return _forked(CASES | {f"missing {symbol}": _missing(symbol) for symbol in SYMBOLS})
 
 
-def _forked(call: Callable[[], None]) -> str:
-    with tempfile.NamedTemporaryFile() as out:
-        pid = os.fork()
-        if pid == 0:
-            signal.alarm(100)
-            try:
-                call()
-                told = ""
-            except BaseException:
-                told = traceback.format_exc()
-            Path(out.name).write_text(json.dumps(told))
-            os._exit(0)
-        status = os.waitpid(pid, 0)[1]
-        text = Path(out.name).read_text()
-        return str(json.loads(text)) if text and status == 0 else f"ended with status {status}"
+def on_release() -> dict[str, str]:
+    """On a tested release: "" or the traceback, for each symbol that is gone."""
+    prepare()
+    return _forked({symbol: _missing(symbol) for symbol in sorted(SYMBOLS)})
+
+
+def on_untested(version: str, alike: bool) -> dict[str, str]:
+    """On another release, with and without its check.
+
+    alike: it has every symbol of the tested ones; else it lacks the model loader's.
+    """
+    import vllm.distributed
+
+    assert vllm.distributed
+    told = _forked({"refused": functools.partial(refused, version)})
+    os.environ["OPROJ_PATCH_SKIP_VERSION_CHECK"] = "1"
+    if not alike:
+        return told | _forked({"lacking": lacking_the_loader})
+    prepare()
+    symbol = "vllm.config.VllmConfig.compute_hash"
+    return told | _forked({"accepted": accepted, "missing": _missing(symbol)})
+
+
+def _missing(symbol: str) -> Callable[[], None]:
+    return functools.partial(missing, symbol)
+
+
+def _forked(cases: dict[str, Callable[[], None]]) -> dict[str, str]:
+    """Each case in a fork of this process, two at a time: "" or the traceback."""
+    told: list[Any] = []
+    calls = list(cases.values())
+    for start in range(0, len(calls), 2):
+        told += forks.run(calls[start : start + 2], grace=100)
+    return {
+        name: "" if error is None else str(error["error"])
+        for name, error in zip(cases, told, strict=True)
+    }
 
 
 # -- fresh processes: the package comes first -------------------------------------------------

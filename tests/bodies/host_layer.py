@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from unittest import mock
 
 import torch
 
+from . import forks
 from .layer import O_PROJ, build, finish, forward_context, load, place
 from .world import model_groups, whole, world
 
@@ -41,6 +43,28 @@ MODULES = (
     "vllm.forward_context",
     "vllm.plugins",
 )
+QUANTIZATION = "vllm.model_executor.layers.quantization"
+# The bulk of what the parts import.
+IMPORTED = (
+    *MODULES,
+    "torch._dynamo",
+    "vllm.model_executor.model_loader.base_loader",
+    f"{QUANTIZATION}.compressed_tensors.compressed_tensors",
+    f"{QUANTIZATION}.fp8",
+)
+
+
+def on_all_ranks() -> list[Result]:
+    """`all_parts` of every rank, each a fork of this process: what is imported, is so once."""
+    for name in IMPORTED:
+        with contextlib.suppress(ModuleNotFoundError):  # not in every release
+            importlib.import_module(name)
+
+    def rank(number: int) -> Result:
+        os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(SIZE)}
+        return all_parts()
+
+    return forks.run([functools.partial(rank, number) for number in range(SIZE)], seconds=120)
 
 
 def all_parts() -> Result:
@@ -65,7 +89,8 @@ def all_parts() -> Result:
         before = len(process_groups)
         with model_groups(SIZE, config=config):
             config.model_config = MODEL
-            for part in (construct, loads, eager, idle, compiled, quantized, row_counts):
+            # The drafter last: some releases shard nothing that is built after a model.
+            for part in (construct, loads, eager, idle, compiled, quantized, row_counts, drafter):
                 told[part.__name__] = _told(part, config)
             status = oproj_patch.status()
             wrapped = _replaced(originals)
@@ -120,10 +145,12 @@ def release() -> Result:
     """Which release it is, and where its modules come from."""
     files = {name: importlib.import_module(name).__file__ for name in MODULES}
     import vllm
+    import wrapt
     from vllm.platforms import current_platform
 
     return {
         "version": vllm.__version__,
+        "wrapt": wrapt.__version__,
         "torch": torch.__file__,
         "files": files,
         "device": current_platform.device_type,
@@ -346,7 +373,7 @@ def _from_config(names: tuple[str, ...], settings: Result) -> Any:
     for name in names:
         module, _, cls = name.partition(".")
         try:
-            found = importlib.import_module(f"vllm.model_executor.layers.quantization.{module}")
+            found = importlib.import_module(f"{QUANTIZATION}.{module}")
         except ModuleNotFoundError:
             continue
         return getattr(found, cls).from_config(settings)
@@ -406,3 +433,35 @@ def row_counts(config: Any) -> Result:
     with set_forward_context(None, config, num_tokens=4 + 3 * rank):
         own = Forward().announced(group)
     return {"told": told, "own": [[4, 7], own]}
+
+
+def drafter(config: Any) -> Result:
+    """A model, then its drafter: who is sharded, and a step in which rank 1 does not draft.
+
+    Both are built by vLLM's own loader. Where the drafter is sharded, rank 1 runs it all the same.
+    """
+    from vllm.model_executor.model_loader import base_loader
+
+    import oproj_patch
+
+    class Model(torch.nn.Module):
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+            super().__init__()
+            self.o_proj = build(f"{prefix}.self_attn.o_proj", HIDDEN, COLUMNS, bias=False)
+            caches = vllm_config.compilation_config.static_forward_context
+            caches[f"{prefix}.self_attn.attn"] = SimpleNamespace(kv_cache=[])
+
+    weight = whole(HIDDEN, COLUMNS, torch.float32)
+    found: Result = {}
+    for name in ("model", "draft"):
+        prefix = f"{name}.layers.0"
+        model = base_loader.initialize_model(config, prefix=prefix, model_class=Model)
+        layer = model.o_proj
+        found[name] = [hasattr(layer, "oproj"), list(layer.weight.shape)]
+        load(layer, weight, None)
+        finish(layer)
+    before = oproj_patch.status().exchanges
+    drafts = config.parallel_config.data_parallel_rank == 0 or found["draft"][0]
+    found["difference"] = _error(layer, layer, weight, [3, 1], config) if drafts else 0.0
+    found["exchanges"] = oproj_patch.status().exchanges - before
+    return found

@@ -21,11 +21,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def seams() -> str:
     """The seam inventory: every symbol of every host; symbols with one explanation share a row."""
+    from oproj_patch import builtin
     from oproj_patch.seams import vllm, vllm_ascend
 
     versions = {"vllm": VLLM_RELEASES[-1], "vllm-ascend": [*ASCEND_RELEASES][-1]}
-    upstream = vllm.seams(Settings(size=2), versions)
-    ascend = vllm_ascend.registry(vllm_ascend.Forward())
+    settings = Settings(size=2)
+    upstream = vllm.seams(settings, versions)
+    ascend = (builtin.seam(settings), *vllm_ascend.registry(vllm_ascend.Forward()))
     rows: dict[tuple[str, ...], list[str]] = {}
     for host, releases, registry in (
         ("vLLM", VLLM_RELEASES, upstream),
@@ -61,29 +63,44 @@ EVIDENCE: Mapping[str, str] = {
     "compiled": f"{_VLLM_LAYER}forward_compiled[HOST]",
     "quantized": f"{_VLLM_LAYER}quantized[HOST]",
     "idle": f"{_VLLM_LAYER}idle_rank[HOST]",
+    "drafter": f"{_VLLM_LAYER}drafter[HOST]",
     "model": f"{_ASCEND_LAYER}model_with_idle_ranks_and_profile_run[HOST]",
     "W8A8": f"{_ASCEND_LAYER}w8a8_static_with_a_stand_in_for_npu_quant_matmul[HOST]",
     "W8A8 dynamic": f"{_ASCEND_LAYER}w8a8_dynamic_with_stand_ins_for_npu_dynamic_quant_and_npu_"
     "quant_matmul[HOST]",
     "W4A8": f"{_ASCEND_LAYER}w4a8_with_a_stand_in_for_npu_weight_quant_batchmatmul[HOST]",
+    "sparse": f"{_ASCEND_LAYER}sparse_attention_with_idle_ranks_and_profile_run[HOST]",
+    "sparse class": f"{_ASCEND_LAYER}sparse_attention_of_its_own_class[HOST]",
+    "grouped query": f"{_ASCEND_LAYER}grouped_query_attention[HOST]",
+    "TP 2": f"{_ASCEND_LAYER}two_tensor_parallel_ranks_and_quant_bias_once[HOST]",
+    "proposer": f"{_ASCEND_LAYER}proposer_drafts_as_often_on_an_idle_rank[HOST]",
+    "torchair": f"{_ASCEND_LAYER}torchair_traces_whole[HOST]",
     "engine": "tests/e2e/test_offline.py::test_two_ranks[moe-eager]",
+    "MTP": "tests/e2e/test_mtp.py::test_drafter",
+    "oldest engine": "tests/e2e/test_releases.py::test_oldest_engine",
 }
-_ENGINES = {VLLM_RELEASES[-1]: "engine"}
-# The vllm-ascend releases whose layers are run; the others are imported only.
-_ASCEND_LAYERS = ("0.13.0", "0.18.0", "0.23.0")
+_ENGINES = {"0.28.0": "oldest engine", VLLM_RELEASES[-1]: "engine, MTP"}
+# What is run of each vllm-ascend release: models, more with idle ranks, and what torchair traces.
+# 0.9.1 has no sparse attention, the releases after 0.11.0 no torchair.
+_ASCEND_LAYERS: Mapping[str, tuple[str, str, str]] = {
+    "0.9.1": ("model", "", "torchair"),
+    "0.11.0": ("model, sparse class", "", "torchair"),
+    "0.13.0": ("model, sparse", "", ""),
+    "0.18.0": ("model, sparse", "", ""),
+    "0.23.0": ("model, sparse, grouped query, TP 2", ", proposer", ""),
+}
 
 
 def evidence() -> dict[str, tuple[str, ...]]:
     """Host -> its cells, each some names of `EVIDENCE` or nothing."""
     rows: dict[str, tuple[str, ...]] = {}
     for release in VLLM_RELEASES:
-        own = ("construct", "load", "eager", "compiled", "quantized", "idle")
+        own = ("construct", "load", "eager", "compiled", "quantized", "idle, drafter")
         rows[f"vllm-{release}"] = (*own, _ENGINES.get(release, ""))
     for release in ASCEND_RELEASES:
-        model, quantized = "", ""
-        if release in _ASCEND_LAYERS:
-            model, quantized = "model", "W8A8, W8A8 dynamic, W4A8"
-        rows[f"ascend-{release}"] = (*(model,) * 3, "", quantized, model, "")
+        models, idle, traced = _ASCEND_LAYERS[release]
+        quantized = "W8A8, W8A8 dynamic, W4A8"
+        rows[f"ascend-{release}"] = (*(models,) * 3, traced, quantized, models + idle, "")
     return rows
 
 

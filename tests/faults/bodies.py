@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -70,6 +71,14 @@ def _before_groups(fault: str) -> None:
         import vllm
 
         vllm.__version__ = "0.31.0"
+    elif fault == "untested":
+        import vllm
+
+        vllm.__version__ = "0.99.0"
+    elif fault == "symbol":
+        from vllm.model_executor.models import deepseek_v2
+
+        del deepseek_v2.DeepseekV2Attention
     elif fault == "kill before":
         from oproj_patch import otp_group
 
@@ -108,6 +117,8 @@ def _between_steps(fault: str) -> None:
         _kill()
     elif fault == "stuck":
         time.sleep(300)
+    elif fault == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 @contextlib.contextmanager
@@ -126,32 +137,84 @@ def _kill(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def restart(ports: list[int]) -> dict[str, list[float]]:
-    """Create groups and layers, run them, destroy all; once a port. What is left each time.
+def audited() -> dict[str, Any]:
+    """Two forward passes, and each file written, program started or pickle read by the package."""
+    events: list[str] = []
 
-    groups: torch process groups; objects: otp groups alive; rss: resident bytes.
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open":
+            writes = args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        else:
+            writes = event in ("pickle.find_class", "subprocess.Popen", "os.system", "os.mkdir")
+        if writes and _is_ours(sys._getframe(1)):
+            events.append(f"{event} {args}")
+
+    sys.addaudithook(hook)
+    told = play(2)
+    found = list(events)
+    # As if a module of the package wrote a file.
+    exec("import os; os.close(os.open(os.devnull, os.O_WRONLY))", {"__name__": "oproj_patch.x"})
+    noticed = len(events) == len(found) + 1
+    return {"exchanges": told["exchanges"], "events": found, "would notice": noticed}
+
+
+def _is_ours(frame: Any) -> bool:
+    """Whether the package, rather than vLLM or this test, comes first on the way out."""
+    while frame is not None:
+        owner = frame.f_globals.get("__name__", "").partition(".")[0]
+        if owner in ("oproj_patch", "vllm", "tests"):
+            return bool(owner == "oproj_patch")
+        frame = frame.f_back
+    return False
+
+
+def engines(options: dict[str, Any], dp_ports: list[int]) -> list[dict[str, Any]]:
+    """Start an engine in this process, use it, shut it down; once for each entry of `dp_ports`.
+
+    options: of `vllm.LLM`; dp_ports: where the data-parallel ranks meet. Each time: its tokens,
+    seconds, layers and exchanges; and what is left of it: `ranks` of the otp group, torch process
+    `groups`, `objects` that are otp groups, `rss` in resident bytes, open `files`, `threads`.
     """
     import gc
     import resource
     from pathlib import Path
 
-    from vllm.plugins import load_general_plugins
+    from vllm import LLM, SamplingParams
 
     import oproj_patch
     from oproj_patch import otp_group
 
-    load_general_plugins()
-    left: dict[str, list[float]] = {"groups": [], "objects": [], "rss": []}
-    for port in ports:
-        os.environ["MASTER_PORT"] = str(port)
-        with world(), model_groups(2, config=_config(0)) as config:
-            assert _forwards(2, "", config) == 4
-            assert oproj_patch.status().layers == 2
-        assert oproj_patch.status().otp_ranks == ()
+    rank = os.environ["RANK"]
+    # vLLM has a world of its own for the engines of each time.
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    os.environ.update(
+        VLLM_DP_RANK=rank, VLLM_DP_RANK_LOCAL=rank, VLLM_DP_SIZE="2", VLLM_DP_MASTER_IP="127.0.0.1"
+    )
+    greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    told = []
+    for port in dp_ports:
+        os.environ["VLLM_DP_MASTER_PORT"] = str(port)
+        started = time.monotonic()
+        llm = LLM(**options, distributed_executor_backend="uni")
+        output = llm.generate(["At dusk"], greedy, use_tqdm=False)[0].outputs[0]
+        status = oproj_patch.status()
+        llm.llm_engine.engine_core.shutdown()
+        del llm
         gc.collect()
-        left["groups"].append(len(torch.distributed.distributed_c10d._world.pg_map))
-        alive = [thing for thing in gc.get_objects() if type(thing) is otp_group.OtpGroup]
-        left["objects"].append(len(alive))
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        left["rss"].append(pages * resource.getpagesize())
-    return left
+        told.append(
+            {
+                "seconds": time.monotonic() - started,
+                "tokens": list(output.token_ids),
+                "layers": status.layers,
+                "exchanges": status.exchanges,
+                "ranks": oproj_patch.status().otp_ranks,
+                "groups": len(torch.distributed.distributed_c10d._world.pg_map),
+                "objects": sum(type(x) is otp_group.OtpGroup for x in gc.get_objects()),
+                "rss": pages * resource.getpagesize(),
+                "files": len(os.listdir("/proc/self/fd")),  # noqa: PTH208
+                "threads": len(os.listdir("/proc/self/task")),  # noqa: PTH208
+            }
+        )
+    return told

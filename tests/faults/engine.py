@@ -18,6 +18,7 @@ from oproj_patch.cli import demo_model, engines
 
 ON = {"OPROJ_TENSOR_PARALLEL_SIZE": "2"}
 SHARED_MEMORY = Path("/dev/shm")
+SECONDS_TO_END = 60
 
 
 @dataclass
@@ -135,6 +136,16 @@ def complete(port: int, model: str, tokens: int = 4, host: str = "127.0.0.1") ->
     return text
 
 
+def leaves_nothing(server: Node, before: set[str]) -> None:
+    """Wait for the end of all processes; raises AssertionError when they, or traces, stay.
+
+    before: `shared_memory()` before the server was started.
+    """
+    print(f"all processes gone after {server.gone_after(SECONDS_TO_END):.1f} s")
+    assert port_is_free(server.port)
+    assert not left_in_shared_memory(before, 30)
+
+
 def port_is_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -150,11 +161,21 @@ def shared_memory() -> set[str]:
 
 
 def left_in_shared_memory(before: set[str], seconds: float) -> set[str]:
-    """Files of vLLM and torch that came since `before` and are still there after `seconds`."""
+    """Files of vLLM and torch that came since `before`, and that after `seconds` nobody uses."""
     deadline = time.monotonic() + seconds
     while True:
         left = shared_memory() - before
         ours = {name for name in left if name.startswith(("psm_", "sem.", "torch_", "vllm"))}
+        ours -= {name for name in ours if _in_use(name)}
         if not ours or time.monotonic() > deadline:
             return ours
         time.sleep(0.5)
+
+
+def _in_use(name: str) -> bool:
+    """Whether a process still maps the file: another engine, started meanwhile."""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            if f"{SHARED_MEMORY}/{name}" in maps.read_text():
+                return True
+    return False

@@ -1,8 +1,11 @@
-"""Ten times over: engines' groups in one process, and weights reloaded in a running server."""
+"""Ten times over: engines in one process; weights reloaded, and sleep, in a server."""
 
 from __future__ import annotations
 
 import json
+import os
+import resource
+import signal
 import urllib.request
 from pathlib import Path
 
@@ -14,45 +17,73 @@ TIMES = 10
 MIB = 1 << 20
 
 
-def test_groups_and_layers_come_and_go() -> None:
-    ports = [ranks.free_port() for _ in range(TIMES)]
-    left = ranks.run(2, "tests.faults.bodies:restart", {"ports": ports}, env=engine.ON, seconds=150)
-    for rank in left:
-        print(rank)
-        assert rank["groups"] == [0] * TIMES
-        assert rank["objects"] == [0] * TIMES
-        assert rank["rss"][-1] - rank["rss"][2] < 4 * MIB
+def test_engines_come_and_go() -> None:
+    config = engines.EngineConfig(demo_model.ensure("dense", trained=False), extension=None)
+    first = engines._free_port(run=20 * TIMES)
+    env = {
+        **engine.ON,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    told = ranks.run(
+        2,
+        "tests.faults.bodies:engines",
+        {
+            "options": config.engine_options(),
+            # vLLM takes a port for each of its groups, from this one on.
+            "dp_ports": list(range(first, first + 20 * TIMES, 20)),
+        },
+        env=env,
+        seconds=420,
+    )
+    for lives in told:
+        for life in lives:
+            print(life)
+            assert life["layers"] == demo_model.NUM_LAYERS and life["exchanges"] > 0
+            assert life["tokens"] == lives[0]["tokens"]
+            assert (life["ranks"], life["groups"], life["objects"]) == ([], 0, 0)
+        for what in ("files", "threads"):
+            assert lives[-1][what] == lives[1][what], what
+        assert lives[-1]["rss"] - lives[2]["rss"] < 16 * MIB
 
 
-def test_weights_are_reloaded_in_a_running_server() -> None:
-    config = engines.EngineConfig(demo_model.ensure("dense", trained=False), env=engine.ON)
-    with engines.serve(config, deadline=240) as server:
-        port = int(server.base_url.rpartition(":")[2])
-        before = [engine.complete(port, "demo", 16) for _ in range(4)]
+def test_a_running_server_reloads_its_weights_sleeps_and_ends() -> None:
+    before = engine.shared_memory()
+    options = {"data_parallel_size": 2, "served_model_name": "demo"}
+    # The development mode adds the end points.
+    with engine.node(options, {**engine.ON, "VLLM_SERVER_DEV_MODE": "1"}) as server:
+        engine.until_healthy(server, 180)
+        told = [engine.complete(server.port, "demo", 16) for _ in range(4)]
         size = _resident(server)
         for _ in range(TIMES):
-            _rpc(server, "reload_weights")
-        after = [engine.complete(port, "demo", 16) for _ in range(4)]
+            _post(server, "collective_rpc", {"method": "reload_weights"})
+        told += [engine.complete(server.port, "demo", 16) for _ in range(4)]
+        # On a CPU vLLM frees nothing, but its ranks stop and start to run in lock step.
+        for _ in range(TIMES):
+            _post(server, "sleep?level=1")
+            _post(server, "wake_up")
+            told.append(engine.complete(server.port, "demo", 16))
         grown = _resident(server) - size
-        print(f"{TIMES} reloads: {grown / MIB:.1f} MiB more in all processes")
-        assert before == after and len(set(after)) == 1
-        assert all(worker["status"]["exchanges"] > 0 for worker in server.workers())
-        assert grown < 100 * MIB
+        print(f"{TIMES} reloads, {TIMES} sleeps: {grown / MIB:.1f} MiB more in all processes")
+        assert len(set(told)) == 1 and grown < 100 * MIB
+        assert server.log().count("o_proj sharded 2-way over ranks [0, 1]") == 2
+        os.kill(server.process.pid, signal.SIGTERM)
+        engine.leaves_nothing(server, before)
 
 
-def _rpc(server: engines.Server, method: str) -> None:
+def _post(server: engine.Node, path: str, body: dict[str, str] | None = None) -> None:
     request = urllib.request.Request(
-        f"{server.base_url}/collective_rpc",
-        data=json.dumps({"method": method}).encode(),
+        f"http://127.0.0.1:{server.port}/{path}",
+        data=json.dumps(body or {}).encode(),
         headers={"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=120) as response:
         response.read()
 
 
-def _resident(server: engines.Server) -> int:
+def _resident(server: engine.Node) -> int:
     """Resident bytes of every process of the server."""
-    total = 0
-    for pid in engines._session_members(server._process._guard.pid):
-        total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
-    return total
+    pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in server.members()]
+    return sum(pages) * resource.getpagesize()

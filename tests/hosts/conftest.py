@@ -10,11 +10,18 @@ from collections import defaultdict
 
 import pytest
 
+SECONDS = pytest.StashKey[dict[str, float]]()
+"""Seconds of what was run for a host beside its tests, by the host's text."""
+
 _HOST = re.compile(r"\[(?:.*-)?((?:vllm|ascend)-[\d.]*\d)")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--host", help="run the tests of this host only, such as ascend-0.13.0")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[SECONDS] = {}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -26,13 +33,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    seconds: dict[str, float] = defaultdict(float)
+    beside = terminalreporter.config.stash[SECONDS]
+    seconds: dict[str, float] = defaultdict(float, beside)
     for reports in terminalreporter.stats.values():
         for report in reports:
-            if isinstance(report, pytest.TestReport) and (host := _host(report.nodeid)):
+            if not isinstance(report, pytest.TestReport) or not (host := _host(report.nodeid)):
+                continue
+            if report.when == "call" or host not in beside:  # else it waited for what ran beside
                 seconds[host] += report.duration
     if seconds:
-        terminalreporter.section("seconds per host")
+        terminalreporter.section("seconds per host, some at the same time")
         for name, taken in seconds.items():
             terminalreporter.write_line(f"{taken:8.1f}  {name}")
         terminalreporter.write_line(f"{sum(seconds.values()):8.1f}  all")

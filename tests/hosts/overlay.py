@@ -36,14 +36,17 @@ from oproj_patch.releases import ASCEND_RELEASES, VLLM_RELEASES, in_range
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _STANDINS = Path(__file__).resolve().parent / "standins"
 
+OLDEST_WRAPT = "1.16.0"
 # What a release needs and the base environment has in another version or not at all:
-# (first vLLM release, last vLLM release, requirements).
+# (first vLLM release, last vLLM release, requirements). The oldest vLLM also runs on the oldest
+# wrapt that this package accepts, all others on the newest.
 _PINS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("0.9.1", "0.9.2", ("transformers==4.52.4", "tokenizers==0.21.1")),
+    ("0.8.5", "0.9.2", ("transformers==4.52.4", "tokenizers==0.21.1")),
     ("0.10.0", "0.18.0", ("transformers==4.57.1", "tokenizers==0.22.1")),
-    ("0.9.1", "0.18.0", ("huggingface-hub==0.36.0",)),
-    ("0.9.1", "0.23.0", ("gguf==0.17.1",)),
+    ("0.8.5", "0.18.0", ("huggingface-hub==0.36.0",)),
+    ("0.8.5", "0.23.0", ("gguf==0.17.1",)),
     ("0.10.2", "0.11.0", ("frozendict==2.4.6",)),
+    ("0.9.1", "0.9.1", (f"wrapt=={OLDEST_WRAPT}",)),
 )
 # The same for every vllm-ascend release. Later torchvision releases cannot be imported without
 # their compiled operators, which fit one torch only.
@@ -255,8 +258,9 @@ def _installed(distribution: str) -> str | None:
 
 
 def _interpreter_tag(distribution: str) -> str:
-    # The only overlay with libraries for one Python version.
-    return f"-cp{sys.version_info[0]}{sys.version_info[1]}" if distribution == "torch-npu" else ""
+    # The overlays with libraries for one Python version.
+    one_version = distribution in ("torch-npu", "wrapt")
+    return f"-cp{sys.version_info[0]}{sys.version_info[1]}" if one_version else ""
 
 
 def _size(entry: Path) -> int:

@@ -7,6 +7,9 @@ import pytest
 from oproj_patch import releases
 from oproj_patch.releases import ASCEND_RELEASES, VLLM_RELEASES, in_range, parse
 
+from ..ranks import ROOT
+from .overlay import OLDEST_WRAPT
+
 
 @pytest.mark.parametrize(
     ("version", "numbers"),
@@ -53,3 +56,8 @@ def test_tested_as() -> None:
     assert releases.tested_as("0.32.0+cpu", VLLM_RELEASES) == "0.32.0"
     assert releases.tested_as("0.23.0.post1", ASCEND_RELEASES) == "0.23.0"
     assert releases.tested_as("0.33.0", VLLM_RELEASES) is None
+
+
+def test_oldest_wrapt_that_is_run_is_the_one_promised() -> None:
+    promised = f'"wrapt>={OLDEST_WRAPT.removesuffix(".0")},<3"'
+    assert promised in (ROOT / "setup.py").read_text(encoding="utf-8")

@@ -1,0 +1,61 @@
+"""Speculative decoding with an MTP layer: its o_proj is sharded too, and no rank runs ahead."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from oproj_patch.cli import demo_model
+from oproj_patch.cli.engines import Round, run_offline
+
+from . import drafter
+from . import lab as labs
+from .lab import PROMPTS, STORY_TELLER, Lab
+
+LENGTH = 64
+LAYERS = demo_model.NUM_LAYERS + 1
+
+
+def test_drafter(lab: Lab, tmp_path: Path) -> None:
+    """Tokens as without drafts and without the shim, whatever each rank's drafts are worth.
+
+    Rank 0 first comes to the model's length, where it cannot draft any more while rank 1 goes on
+    drafting, and then has no request at all.
+    """
+    off = lab.off(STORY_TELLER)
+    config = lab.config(
+        STORY_TELLER,
+        otp=2,
+        max_model_len=LENGTH,
+        speculative_config={"method": "mtp", "num_speculative_tokens": 1},
+    )
+    config = replace(
+        config,
+        model=drafter.add(config.model, tmp_path / "model"),
+        extension="drafting.DraftingProbe",
+        python_path=(Path(__file__).parent,),
+    )
+    short = sorted((prompt for prompt in PROMPTS if len(prompt) <= LENGTH - 24), key=len)
+    rounds = [
+        Round([short[-1:], short[:1]], [LENGTH - len(short[-1]), 44]),
+        Round([[], short[1:4]], [1, 12]),
+    ]
+    on = run_offline(config, rounds)
+    labs.assert_round_sizes(on, rounds)
+    labs.assert_same_tokens(off, on)
+    story = demo_model.STORY * 2
+    for completion in labs.completions(on):
+        start = story.index(completion.prompt) + len(completion.prompt)
+        assert completion.text == story[start : start + len(completion.token_ids)]
+
+    exchanges = set()
+    for worker in on.workers:
+        drafts = worker["drafts"]
+        assert drafts["accepted"] > 0 and drafts["rejected"] > 0
+        assert (drafts["too long"] > 0) == (worker["dp_rank"] == 0)
+        shapes = {tuple(layer["shape"]) for layer in worker["layers"].values()}
+        assert shapes == {(demo_model.HIDDEN_SIZE, demo_model.O_PROJ_IN // 2)}
+        assert len(worker["layers"]) == worker["status"]["layers"] == LAYERS
+        exchanges.add(worker["status"]["exchanges"])
+    (count,) = exchanges
+    assert count > 0 and count % LAYERS == 0
