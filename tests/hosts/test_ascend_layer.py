@@ -1,8 +1,8 @@
 """vllm-ascend's real packages on a CPU: sharded layers, idle ranks, quantization.
 
 Each test runs two real ranks over gloo in children with that release's overlays. What of the
-NPU is stood in for is listed in `tests/bodies/ascend.py`; names of tests that stand in for
-arithmetic kernels say so.
+NPU is stood in for is in `tests/bodies/ascend.py` and `ascend_kernels.py`; names of tests that
+stand in for arithmetic kernels say so.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def outcomes_of(
     if host.version == "0.9.1":
         env["VLLM_USE_V1"] = "1"  # not the default there on an NPU
     return ranks.outcomes_of(
-        world, f"tests.bodies.ascend:{body}", arguments, seconds=SECONDS, env=env
+        world, f"tests.bodies.ascend_{body}", arguments, seconds=SECONDS, env=env
     )
 
 
@@ -87,7 +87,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Host], Results]:
         return outcomes_of(
             host,
             2,
-            "host",
+            "host:host",
             "auto",
             directory,
             dp=2,
@@ -180,7 +180,7 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Host], dict[s
     @functools.cache
     def once(host: Host) -> list[ranks.Outcome]:
         directory = tmp_path_factory.mktemp(str(host))
-        return outcomes_of(host, 1, "alone", 4, directory, option=option(host))
+        return outcomes_of(host, 1, "refusals:alone", 4, directory, option=option(host))
 
     return lambda host: results(once(host))[0]
 
@@ -300,7 +300,7 @@ def test_sparse_attention_with_idle_ranks_and_profile_run(
 @on("0.11.0")
 def test_sparse_attention_of_its_own_class(host: Host, tmp_path: Path) -> None:
     """The same in 0.11.0, whose V3.2 has o_proj and attention classes of its own."""
-    told = run(host, "host", 2, tmp_path, plan=PLAN, described=MODELS["sparse"])
+    told = run(host, "host:host", 2, tmp_path, plan=PLAN, described=MODELS["sparse"])
     for result in told:
         assert {symbol.split(".")[-2] for symbol in result["seams"]} >= {
             "CustomDeepseekV2RowParallelLinear",
@@ -318,7 +318,7 @@ def test_grouped_query_attention(host: Host, seen: Callable[[Host], Results]) ->
 @on(NEWEST)
 def test_two_tensor_parallel_ranks_and_quant_bias_once(host: Host, tmp_path: Path) -> None:
     """Four ranks: each weight is split four ways, and the static method adds its bias once."""
-    told = run(host, "host", 2, tmp_path, tp=2, plan=PLAN, kinds=["W8A8"])
+    told = run(host, "host:host", 2, tmp_path, tp=2, plan=PLAN, kinds=["W8A8"])
     _equal([result["steps"] for result in told], "AscendMLAImpl")
     for rank, result in enumerate(told):
         assert result["ranks"] == [rank % 2, rank % 2 + 2]
@@ -347,7 +347,9 @@ def _scattering(layer: dict[str, Any], name: str) -> None:
 def test_torchair_traces_whole(host: Host, tmp_path: Path) -> None:
     """fullgraph=True, as torchair does it; its compiler is replaced by torch's own backends."""
     plain = "TorchairDeepseekV2RowParallelLinear" if host.version == "0.11.0" else None
-    for result in run(host, "torchair", 2, tmp_path, compiled=[4, 8], prefills=[[3, 5], [4, 2]]):
+    for result in run(
+        host, "torchair:torchair", 2, tmp_path, compiled=[4, 8], prefills=[[3, 5], [4, 2]]
+    ):
         assert result["classes"] == [plain or "RowParallelLinear"] * 2
         assert result["shapes"] == [[64, 128]] * 2
         assert result["exact"] == [True, True]
