@@ -66,7 +66,7 @@ def watch(settings: Settings) -> Callable[[], None]:
 
     def patch(_: Any) -> None:
         if watching:
-            found = hosts._distribution("vllm-ascend") or "unknown"
+            found = hosts.distribution("vllm-ascend") or "unknown"
             patched.extend(install([seam(settings)], f"vllm-ascend {found}"))
 
     if CONFIG in sys.modules:

