@@ -12,22 +12,25 @@ from . import drafter
 from . import lab as labs
 from .lab import PROMPTS, STORY_TELLER, Lab
 
-LENGTH = 64
+DRAFTER_LENGTH = 48
 LAYERS = demo_model.NUM_LAYERS + 1
 
 
 def test_drafter(lab: Lab, tmp_path: Path) -> None:
     """Tokens as without drafts and without the shim, whatever each rank's drafts are worth.
 
-    Rank 0 first comes to the model's length, where it cannot draft any more while rank 1 goes on
-    drafting, and then has no request at all.
+    Rank 0 first comes to the drafter's length, where it cannot draft any more while rank 1 goes
+    on drafting, and then has no request at all.
     """
     off = lab.off(STORY_TELLER)
     config = lab.config(
         STORY_TELLER,
         otp=2,
-        max_model_len=LENGTH,
-        speculative_config={"method": "mtp", "num_speculative_tokens": 1},
+        speculative_config={
+            "method": "mtp",
+            "num_speculative_tokens": 1,
+            "max_model_len": DRAFTER_LENGTH,
+        },
     )
     config = replace(
         config,
@@ -35,11 +38,14 @@ def test_drafter(lab: Lab, tmp_path: Path) -> None:
         extension="drafting.DraftingProbe",
         python_path=(Path(__file__).parent,),
     )
-    short = sorted((prompt for prompt in PROMPTS if len(prompt) <= LENGTH - 24), key=len)
+    prompts = sorted((prompt for prompt in PROMPTS if len(prompt) < DRAFTER_LENGTH - 8), key=len)
+    longest = prompts[-1]
     rounds = [
-        Round([short[-1:], short[:1]], [LENGTH - len(short[-1]), 44]),
-        Round([[], short[1:4]], [1, 12]),
+        Round([[longest], prompts[:1]], [24, 24]),
+        Round([[], prompts[1:3]], [1, 12]),
     ]
+    fitting = [len(prompts[0]) + 24, *(len(prompt) + 12 for prompt in prompts[1:3])]
+    assert max(fitting) < DRAFTER_LENGTH - 2 < len(longest) + 24
     on = run_offline(config, rounds)
     labs.assert_round_sizes(on, rounds)
     labs.assert_same_tokens(off, on)
@@ -48,10 +54,11 @@ def test_drafter(lab: Lab, tmp_path: Path) -> None:
         start = story.index(completion.prompt) + len(completion.prompt)
         assert completion.text == story[start : start + len(completion.token_ids)]
 
+    assert sum(worker["drafts"].get("accepted", 0) for worker in on.workers) > 0
     exchanges = set()
     for worker in on.workers:
         drafts = worker["drafts"]
-        assert drafts["accepted"] > 0 and drafts["rejected"] > 0
+        assert drafts["rejected"] > 0
         assert (drafts["too long"] > 0) == (worker["dp_rank"] == 0)
         shapes = {tuple(layer["shape"]) for layer in worker["layers"].values()}
         assert shapes == {(demo_model.HIDDEN_SIZE, demo_model.O_PROJ_IN // 2)}

@@ -9,7 +9,7 @@ import pytest
 from tests.faults.warm import Warm
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def warm() -> Iterator[Warm]:
     with Warm() as warm:
         yield warm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from pathlib import Path
 from oproj_patch.cli import demo_model, engines
 
 ON = {"OPROJ_TENSOR_PARALLEL_SIZE": "2"}
-SHARED_MEMORY = Path("/dev/shm")
 SECONDS_TO_END = 60
 
 
@@ -44,6 +44,14 @@ class Node:
                 if name in Path(f"/proc/{pid}/cmdline").read_text():
                     found.append(pid)
         return found
+
+    def shared_memory(self) -> set[Path]:
+        """Files of shared memory that the members have open now."""
+        found: set[str] = set()
+        for pid in self.members():
+            with contextlib.suppress(OSError):
+                found |= set(re.findall(r"/dev/shm/\S+", Path(f"/proc/{pid}/maps").read_text()))
+        return {path for path in map(Path, found) if path.exists()}
 
     def gone_after(self, seconds: float) -> float:
         """Seconds until no member is left; raises AssertionError after `seconds`."""
@@ -136,14 +144,14 @@ def complete(port: int, model: str, tokens: int = 4, host: str = "127.0.0.1") ->
     return text
 
 
-def leaves_nothing(server: Node, before: set[str]) -> None:
+def leaves_nothing(server: Node, used: set[Path]) -> None:
     """Wait for the end of all processes; raises AssertionError when they, or traces, stay.
 
-    before: `shared_memory()` before the server was started.
+    used: the server's `shared_memory()` while it ran.
     """
     print(f"all processes gone after {server.gone_after(SECONDS_TO_END):.1f} s")
     assert port_is_free(server.port)
-    assert not left_in_shared_memory(before, 30)
+    assert used and not [path for path in used if path.exists()]
 
 
 def port_is_free(port: int) -> bool:
@@ -154,28 +162,3 @@ def port_is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def shared_memory() -> set[str]:
-    return {path.name for path in SHARED_MEMORY.iterdir()} if SHARED_MEMORY.is_dir() else set()
-
-
-def left_in_shared_memory(before: set[str], seconds: float) -> set[str]:
-    """Files of vLLM and torch that came since `before`, and that after `seconds` nobody uses."""
-    deadline = time.monotonic() + seconds
-    while True:
-        left = shared_memory() - before
-        ours = {name for name in left if name.startswith(("psm_", "sem.", "torch_", "vllm"))}
-        ours -= {name for name in ours if _in_use(name)}
-        if not ours or time.monotonic() > deadline:
-            return ours
-        time.sleep(0.5)
-
-
-def _in_use(name: str) -> bool:
-    """Whether a process still maps the file: another engine, started meanwhile."""
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            if f"{SHARED_MEMORY}/{name}" in maps.read_text():
-                return True
-    return False

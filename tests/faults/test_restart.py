@@ -46,11 +46,11 @@ def test_engines_come_and_go() -> None:
             assert (life["ranks"], life["groups"], life["objects"]) == ([], 0, 0)
         for what in ("files", "threads"):
             assert lives[-1][what] == lives[1][what], what
-        assert lives[-1]["rss"] - lives[2]["rss"] < 16 * MIB
+        sizes = [life["rss"] for life in lives]
+        assert max(sizes[TIMES // 2 :]) - max(sizes[: TIMES // 2]) < 8 * MIB
 
 
 def test_a_running_server_reloads_its_weights_sleeps_and_ends() -> None:
-    before = engine.shared_memory()
     options = {"data_parallel_size": 2, "served_model_name": "demo"}
     # The development mode adds the end points.
     with engine.node(options, {**engine.ON, "VLLM_SERVER_DEV_MODE": "1"}) as server:
@@ -69,8 +69,9 @@ def test_a_running_server_reloads_its_weights_sleeps_and_ends() -> None:
         print(f"{TIMES} reloads, {TIMES} sleeps: {grown / MIB:.1f} MiB more in all processes")
         assert len(set(told)) == 1 and grown < 100 * MIB
         assert server.log().count("o_proj sharded 2-way over ranks [0, 1]") == 2
+        used = server.shared_memory()
         os.kill(server.process.pid, signal.SIGTERM)
-        engine.leaves_nothing(server, before)
+        engine.leaves_nothing(server, used)
 
 
 def _post(server: engine.Node, path: str, body: dict[str, str] | None = None) -> None:

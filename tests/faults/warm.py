@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,10 +141,15 @@ def main() -> None:
     os.dup2(2, 1)
     for name in IMPORTED_FIRST:
         importlib.import_module(name)
-    for line in sys.stdin:
-        outcomes = fork(**json.loads(line))
-        answers.write(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes]) + "\n")
-        answers.flush()
+    try:
+        for line in sys.stdin:
+            outcomes = fork(**json.loads(line))
+            answers.write(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes]) + "\n")
+            answers.flush()
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(0)  # vLLM's own way out takes seconds
 
 
 if __name__ == "__main__":

@@ -81,6 +81,8 @@ def test_equal_to_the_unsharded_layer(pool: Pool, dp: int, tp: int, size: int) -
         SECONDS_TO_START,
     )
 
+    ran = [0]
+
     @settings(
         max_examples=-(-EXAMPLES // len(LAYOUTS)),
         deadline=None,
@@ -92,6 +94,7 @@ def test_equal_to_the_unsharded_layer(pool: Pool, dp: int, tp: int, size: int) -
     @given(examples(dp, tp, size))
     def equal(example: dict[str, Any]) -> None:
         results = pool.ask("example", example, SECONDS_AN_EXAMPLE)
+        ran[0] += 1
         for rank, result in enumerate(results[: dp * tp]):
             assert result["shard"] == [example["hidden"], example["columns"] // (tp * size)]
             assert result["exchanges"] == len(example["rows"])
@@ -99,3 +102,4 @@ def test_equal_to_the_unsharded_layer(pool: Pool, dp: int, tp: int, size: int) -
             assert worst <= TOLERANCE[example["dtype"]], (rank, worst, example)
 
     equal()
+    print(f"{ran[0]} examples")
