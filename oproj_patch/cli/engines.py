@@ -478,18 +478,31 @@ def _session_members(session: int) -> list[int]:
 
 
 def _end_session(session: int, spare: int = -1) -> None:
-    """Kill every process of ``session`` but ``spare``; repeat for those just being forked."""
-    for _ in range(50):
-        members = [pid for pid in _session_members(session) if pid != spare]
-        if not members:
-            break
+    """Kill every process of ``session`` but ``spare``; repeat for those just being forked.
+
+    Python's resource trackers end by themselves when the processes they watch are gone, after they
+    have removed the shared memory of these; they are killed only when they take too long.
+    """
+    end = time.monotonic() + 3.0
+    while members := [pid for pid in _session_members(session) if pid != spare]:
+        late = time.monotonic() > end
         for pid in members:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            if late or not _is_resource_tracker(pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > end + 1:
+            break
         time.sleep(0.02)
     if spare < 0 and not Path("/proc").is_dir():
         with contextlib.suppress(ProcessLookupError):
             os.killpg(session, signal.SIGKILL)
+
+
+def _is_resource_tracker(pid: int) -> bool:
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def _guard_main(caller: int, seconds: float, command: Sequence[str]) -> int:

@@ -61,6 +61,21 @@ def test_leaving_ends_the_whole_session(tmp_path: Path) -> None:
     assert not alive(child)
 
 
+def test_no_shared_memory_is_left(tmp_path: Path) -> None:
+    """A killed engine cannot remove its message queues; its resource tracker does."""
+    log = tmp_path / "log"
+    owner = (
+        "import time; from multiprocessing.shared_memory import SharedMemory; "
+        "print('child', SharedMemory(create=True, size=64).name, flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", owner]
+    with engines._Process(command, env=os.environ, log=log, deadline=60):
+        assert wait_for(lambda: "child" in log.read_text())
+        memory = Path("/dev/shm") / log.read_text().split()[1]
+        assert memory.exists()
+    assert not memory.exists()
+
+
 def test_children_end_with_the_command(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with process(log, "sys.exit(3)") as running:
