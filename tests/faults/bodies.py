@@ -175,6 +175,7 @@ def engines(options: dict[str, Any], dp_ports: list[int]) -> list[dict[str, Any]
     seconds, layers and exchanges; and what is left of it: `ranks` of the otp group, torch process
     `groups`, `objects` that are otp groups, `rss` in resident bytes, open `files`, `threads`.
     """
+    import ctypes
     import gc
     import resource
     from pathlib import Path
@@ -202,6 +203,8 @@ def engines(options: dict[str, Any], dp_ports: list[int]) -> list[dict[str, Any]
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
+        # What the C library keeps of freed memory depends on how its threads came to run.
+        ctypes.CDLL(None).malloc_trim(0)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         told.append(
             {

@@ -45,7 +45,7 @@ def test_engines_come_and_go() -> None:
             assert life["tokens"] == lives[0]["tokens"]
             assert (life["ranks"], life["groups"], life["objects"]) == ([], 0, 0)
         for what in ("files", "threads"):
-            assert lives[-1][what] == lives[1][what], what
+            assert lives[-1][what] <= max(life[what] for life in lives[:2]), what
         sizes = [life["rss"] for life in lives]
         assert max(sizes[TIMES // 2 :]) - max(sizes[: TIMES // 2]) < 8 * MIB
 

@@ -23,10 +23,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny.make(tmp_path_factory.mktemp("model"))
 
 
-def doctor(host: Host, model: str, *options: str) -> tuple[int, dict[str, Any]]:
+def doctor(
+    host: Host, model: str, *options: str, env: dict[str, str] | None = None
+) -> tuple[int, dict[str, Any]]:
     command = ["vllm", "serve", model, "--data-parallel-size", "4", "--max-model-len", "256"]
     arguments = ["-m", "oproj_patch", "doctor", "--json", "--", f"{TOGGLE}=2", *command, *options]
-    done = overlay.run(host, arguments, 300, {"HF_HUB_OFFLINE": "1"})
+    done = overlay.run(host, arguments, 300, {"HF_HUB_OFFLINE": "1", **(env or {})})
     return done.returncode, json.loads(done.stdout[done.stdout.index("{") :])
 
 
@@ -36,7 +38,9 @@ def of(report: dict[str, Any], check: str) -> list[tuple[str, str | None]]:
 
 @pytest.mark.parametrize("host", HOSTS, ids=str)
 def test_active(host: Host, model: str) -> None:
-    code, report = doctor(host, model, "--enforce-eager")
+    # vllm-ascend 0.9.1 would start vLLM's first engine.
+    env = {"VLLM_USE_V1": "1"} if str(host) == "ascend-0.9.1" else None
+    code, report = doctor(host, model, "--enforce-eager", env=env)
     assert (code, report["size"]) == (0, 2), report["findings"]
     symbols = [f["text"] for f in report["findings"] if f["check"] == "seam"]
     assert any(symbol.startswith("vllm_ascend.") for symbol in symbols) == (host.kind == "ascend")
@@ -47,9 +51,16 @@ def test_active(host: Host, model: str) -> None:
 
 
 @pytest.mark.parametrize("host", [Host("ascend", "0.9.1")], ids=str)
-def test_a_graph_mode_that_is_refused(host: Host, model: str) -> None:
+def test_the_first_engine_and_graph_modes_are_refused(host: Host, model: str) -> None:
     code, report = doctor(host, model)
     assert (code, of(report, "refusals")) == (1, [("problem", "OPROJ015")])
+    told = next(f["text"] for f in report["findings"] if f["check"] == "refusals")
+    assert "VLLM_USE_V1=1" in told
+    # Graphs of DeepSeek are refused by vllm-ascend itself; its reason is told.
+    code, report = doctor(host, model, env={"VLLM_USE_V1": "1"})
+    assert (code, of(report, "command")) == (1, [("problem", None)])
+    told = next(f["text"] for f in report["findings"] if f["check"] == "command")
+    assert "enforce_eager=True" in told
 
 
 @pytest.mark.parametrize("host", [Host("ascend", "0.23.0")], ids=str)
