@@ -62,9 +62,22 @@ def run(
 
     The others have ten seconds to end when one has failed.
     """
-    outcomes = outcomes_of(
-        world, function, args, seconds=seconds, env=env, rank_env=rank_env, python=python, grace=10
+    return results(
+        outcomes_of(
+            world,
+            function,
+            args,
+            seconds=seconds,
+            env=env,
+            rank_env=rank_env,
+            python=python,
+            grace=10,
+        )
     )
+
+
+def results(outcomes: Sequence[Outcome]) -> list[Any]:
+    """Results by rank; raises RankFailed for the rank that failed first."""
     failed = [outcome for outcome in outcomes if outcome.error]
     if failed:
         first = min(failed, key=lambda outcome: ("deadline" in outcome.error, outcome.seconds))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests import ranks
 from tests.bodies.model_configs import CONFIGS, write
+from tests.warm import Warm
 
 TOGGLE = "OPROJ_TENSOR_PARALLEL_SIZE"
 MOE = CONFIGS["qwen3_moe"]
@@ -19,11 +21,20 @@ DENSE = {key: value for key, value in MOE.items() if "experts" not in key} | {
 }
 
 
-def ended(size: int, dp: int, model: str, **args: Any) -> list[ranks.Outcome]:
-    return ranks.outcomes_of(
-        dp, "tests.bodies.models:start", {"model": model, "dp": dp, **args},
-        env={TOGGLE: str(size)}, seconds=120,
-    )  # fmt: skip
+Ended = Callable[..., list[ranks.Outcome]]
+
+
+@pytest.fixture
+def ended(warm: Warm) -> Ended:
+    """How the ranks of a start of `model` ended."""
+
+    def start(size: int, dp: int, model: str, **args: Any) -> list[ranks.Outcome]:
+        return warm.outcomes_of(
+            dp, "tests.bodies.models:start", {"model": model, "dp": dp, **args},
+            env={TOGGLE: str(size)}, seconds=120,
+        )  # fmt: skip
+
+    return start
 
 
 # case -> (toggle, data-parallel size, the whole sentence)
@@ -41,14 +52,14 @@ SIZES: dict[str, tuple[int, int, str]] = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_size(name: str, tmp_path: Path) -> None:
+def test_size(ended: Ended, name: str, tmp_path: Path) -> None:
     size, dp, sentence = SIZES[name]
     assert [o.error for o in ended(size, dp, write(MOE, tmp_path))] == [
         f"OprojValueError: {sentence}"
     ] * dp
 
 
-def test_dense_model(tmp_path: Path) -> None:
+def test_dense_model(ended: Ended, tmp_path: Path) -> None:
     sentence = (
         f"OPROJ004: {TOGGLE} is set, but {tmp_path} is a dense model: its data-parallel ranks run "
         "independently of each other and cannot share an o_proj; accepted are mixture-of-experts "
@@ -58,7 +69,7 @@ def test_dense_model(tmp_path: Path) -> None:
     assert [o.error for o in outcomes] == [f"OprojError: {sentence}"] * 2
 
 
-def test_toggle_changed_after_the_model_was_built(tmp_path: Path) -> None:
+def test_toggle_changed_after_the_model_was_built(ended: Ended, tmp_path: Path) -> None:
     """Refused through the interface and through the environment; the model stays as it was."""
     refused = (
         f"OPROJ010: {TOGGLE} changed while 2 o_proj layers are sharded 2-way in this process "
@@ -69,7 +80,7 @@ def test_toggle_changed_after_the_model_was_built(tmp_path: Path) -> None:
         assert outcome.result == [refused, "2", refused, "4", "2-way, 2 layers"]
 
 
-def test_quantization_blocks_that_cannot_be_divided(tmp_path: Path) -> None:
+def test_quantization_blocks_that_cannot_be_divided(ended: Ended, tmp_path: Path) -> None:
     """128 columns in blocks of 128: vLLM's own error is the reason given."""
     quantized = {
         **MOE,

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests import ranks
+from tests.warm import Warm
 
 Case = dict[str, Any]
 UNEVEN2 = [[3, 3], [0, 5], [5, 0], [1, 300], [256, 2], [0, 0], [7, 1]]
@@ -76,7 +77,8 @@ def cases(world: int) -> list[Case]:
 class Worlds:
     """One start of the ranks for all cases of a world size; a failed start fails its tests."""
 
-    def __init__(self) -> None:
+    def __init__(self, warm: Warm) -> None:
+        self.warm = warm
         self.told: dict[int, list[list[Any]]] = {}
         self.failed: dict[int, ranks.RankFailed] = {}
 
@@ -85,7 +87,7 @@ class Worlds:
             raise self.failed[world]
         if world not in self.told:
             try:
-                self.told[world] = ranks.run(
+                self.told[world] = self.warm.run(
                     world, "tests.bodies.layer:run_cases", {"cases": cases(world)}, seconds=300,
                     env={"OPROJ_PATCH_DEBUG": "1" if world == 3 else "0"},
                 )  # fmt: skip
@@ -97,8 +99,8 @@ class Worlds:
 
 
 @pytest.fixture(scope="module")
-def worlds() -> Worlds:
-    return Worlds()
+def worlds(warm: Warm) -> Worlds:
+    return Worlds(warm)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests import ranks
 from tests.bodies.model_configs import CONFIGS, write
+from tests.warm import Warm
 
 TOGGLE = "OPROJ_TENSOR_PARALLEL_SIZE"
 SELF = [f"model.layers.{i}.self_attn.o_proj" for i in (0, 1)]
@@ -35,12 +35,12 @@ VISION = [f"vision_tower.encoder.blocks.{i}.{name}" for i in (0, 1) for name in 
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def built(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     models = {
         name: {"path": write(CONFIGS[config], tmp_path_factory.mktemp(config)), "env": env}
         for name, (config, env) in MODELS.items()
     }
-    return ranks.run(
+    return warm.run(
         2, "tests.bodies.models:told", {"models": models, "dp": 2}, env={TOGGLE: "2"}, seconds=240
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,20 +14,29 @@ from hypothesis import strategies as st
 from oproj_patch import weight_gather
 from oproj_patch.settings import Settings
 
-from . import ranks
+from .warm import Warm
 
 STEPS = [[8, 8], [7, 7], [9, 8], [40, 40], [1, 40], [0, 8], [8, 11], [300, 300], [3, 3], [8, 10]]
 """Rows that cross a threshold of 8 between consecutive steps, and unequal ones."""
 LIMIT = {"float32": 5e-6, "bfloat16": 1e-2}
 
 
-def run(dp: int, tp: int = 1, gather_rows: str = "8", **options: Any) -> list[Any]:
-    return ranks.run(
-        dp * tp,
-        "tests.bodies.weight_gather:equal",
-        {"dp": dp, "tp": tp, **options},
-        env={"OPROJ_TENSOR_PARALLEL_SIZE": str(dp), "OPROJ_WEIGHT_GATHER_ROWS": gather_rows},
-    )
+Run = Callable[..., list[Any]]
+
+
+@pytest.fixture
+def run(warm: Warm) -> Run:
+    """Results by rank of the layer on `dp` x `tp` ranks."""
+
+    def start(dp: int, tp: int = 1, gather_rows: str = "8", **options: Any) -> list[Any]:
+        return warm.run(
+            dp * tp,
+            "tests.bodies.weight_gather:equal",
+            {"dp": dp, "tp": tp, **options},
+            env={"OPROJ_TENSOR_PARALLEL_SIZE": str(dp), "OPROJ_WEIGHT_GATHER_ROWS": gather_rows},
+        )
+
+    return start
 
 
 def right(results: list[Any], dtype: str = "float32") -> None:
@@ -48,7 +58,9 @@ def right(results: list[Any], dtype: str = "float32") -> None:
     ],
     ids=str,
 )
-def test_results_are_right_on_both_sides_of_the_threshold(options: dict[str, Any]) -> None:
+def test_results_are_right_on_both_sides_of_the_threshold(
+    run: Run, options: dict[str, Any]
+) -> None:
     results = run(2, rows=STEPS, **options)
     right(results, options.get("dtype", "float32"))
     for result in results:
@@ -56,7 +68,7 @@ def test_results_are_right_on_both_sides_of_the_threshold(options: dict[str, Any
         assert result["threshold"] == 8
 
 
-def test_four_ranks() -> None:
+def test_four_ranks(run: Run) -> None:
     steps = [[16] * 4, [16, 17, 18, 20], [16, 17, 18, 21], [16, 16, 16, 0], [15] * 4]
     results = run(4, rows=steps, gather_rows="16", bias=True)
     right(results)
@@ -64,7 +76,7 @@ def test_four_ranks() -> None:
         assert result["gathers"] == [1, 1, 0, 0, 0]
 
 
-def test_by_default_from_where_it_moves_fewer_bytes() -> None:
+def test_by_default_from_where_it_moves_fewer_bytes(run: Run) -> None:
     # K*H / (K + N*H) = 48*20 / (48 + 2*20) = 10.9
     results = run(2, rows=[[10, 10], [11, 11]], gather_rows="")
     right(results)
@@ -75,7 +87,7 @@ def test_by_default_from_where_it_moves_fewer_bytes() -> None:
         assert "; weights gathered from 11 rows a rank on, through a buffer of" in result["summary"]
 
 
-def test_zero_is_never() -> None:
+def test_zero_is_never(run: Run) -> None:
     results = run(2, rows=[[8, 8], [300, 300]], gather_rows="0")
     right(results)
     for result in results:
@@ -83,7 +95,7 @@ def test_zero_is_never() -> None:
         assert "gather" not in result["summary"]
 
 
-def test_a_weight_that_the_host_has_packed_is_not_gathered() -> None:
+def test_a_weight_that_the_host_has_packed_is_not_gathered(run: Run) -> None:
     results = run(2, rows=[[8, 8], [300, 300]], packed=True)
     right(results)
     for result in results:
@@ -91,7 +103,7 @@ def test_a_weight_that_the_host_has_packed_is_not_gathered() -> None:
         assert "; weights not gathered: the host has packed the weights" in result["summary"]
 
 
-def test_a_quant_method_that_reads_something_else_is_found_out() -> None:
+def test_a_quant_method_that_reads_something_else_is_found_out(run: Run) -> None:
     results = run(2, rows=[[8, 8], [300, 300]], hidden_weight=True)
     right(results)
     for result in results:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests import ranks
-from tests.faults.warm import Warm
+from tests.warm import Warm
 
 TOGGLE = "OPROJ_TENSOR_PARALLEL_SIZE"
 SECONDS = 5

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from oproj_patch import refusals
-from tests import ranks
+from tests.warm import Warm
 
 TRANSFORM = {
     "quant_method": "compressed-tensors",
@@ -122,8 +122,8 @@ OTHER_CODE = {"a dense model": 4, "a dense model without data parallelism": 4} |
 
 
 @pytest.fixture(scope="module")
-def verdicts() -> dict[str, str]:
-    told: dict[str, str] = ranks.run(
+def verdicts(warm: Warm) -> dict[str, str]:
+    told: dict[str, str] = warm.run(
         1,
         "tests.faults.configs:verdicts",
         {

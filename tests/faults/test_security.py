@@ -9,7 +9,7 @@ import pytest
 
 import oproj_patch
 from tests.faults.test_faults import ON
-from tests.faults.warm import Warm
+from tests.warm import Warm
 
 PACKAGE = Path(oproj_patch.__file__).parent
 COMMAND_LINE = sorted(PACKAGE.glob("cli/*.py"))

@@ -10,18 +10,14 @@ from collections import defaultdict
 
 import pytest
 
-SECONDS = pytest.StashKey[dict[str, float]]()
-"""Seconds of what was run for a host beside its tests, by the host's text."""
+SECONDS = "seconds_beside"
+"""Property of one of a host's tests: seconds of what ran for that host beside its tests."""
 
 _HOST = re.compile(r"\[(?:.*-)?((?:vllm|ascend)-[\d.]*\d)")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--host", help="run the tests of this host only, such as ascend-0.13.0")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[SECONDS] = {}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -33,14 +29,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    beside = terminalreporter.config.stash[SECONDS]
-    seconds: dict[str, float] = defaultdict(float, beside)
-    for reports in terminalreporter.stats.values():
-        for report in reports:
-            if not isinstance(report, pytest.TestReport) or not (host := _host(report.nodeid)):
-                continue
-            if report.when == "call" or host not in beside:  # else it waited for what ran beside
-                seconds[host] += report.duration
+    reports = [
+        (host, report)
+        for of_outcome in terminalreporter.stats.values()
+        for report in of_outcome
+        if isinstance(report, pytest.TestReport) and (host := _host(report.nodeid))
+    ]
+    seconds: dict[str, float] = defaultdict(float)
+    for host, report in reports:
+        if report.when == "call":
+            seconds[host] += float(dict(report.user_properties).get(SECONDS, 0.0))
+    beside = set(filter(seconds.get, seconds))
+    for host, report in reports:
+        if report.when == "call" or host not in beside:  # else it waited for what ran beside
+            seconds[host] += report.duration
     if seconds:
         terminalreporter.section("seconds per host, some at the same time")
         for name, taken in seconds.items():

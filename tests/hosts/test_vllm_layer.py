@@ -6,7 +6,7 @@ One start for each release runs all parts; every test looks at one part of what 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +28,8 @@ TOLERANCE = 5e-6
 HALF = 256  # of the 512 input columns
 
 Told = list[dict[str, Any]]
+Run = tuple[Told, float]
+"""What both ranks of one release told, by part; seconds."""
 
 
 @pytest.fixture(scope="module", params=VLLM, ids=str)
@@ -37,7 +39,7 @@ def host(request: pytest.FixtureRequest) -> Host:
 
 
 @pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest) -> Iterator[dict[Host, Future[Told]]]:
+def runs(request: pytest.FixtureRequest) -> Iterator[dict[Host, Future[Run]]]:
     """A run of each release that is wanted, two at a time; what they need is fetched meanwhile."""
     wanted = {
         item.callspec.params["host"]: None
@@ -47,7 +49,7 @@ def runs(request: pytest.FixtureRequest) -> Iterator[dict[Host, Future[Told]]]:
     with ThreadPoolExecutor(1) as fetching, ThreadPoolExecutor(2) as running:
         for release in wanted:
             fetching.submit(ensure, release)
-        started = {release: running.submit(run, request.config, release) for release in wanted}
+        started = {release: running.submit(run, release) for release in wanted}
         try:
             yield started
         finally:
@@ -55,8 +57,7 @@ def runs(request: pytest.FixtureRequest) -> Iterator[dict[Host, Future[Told]]]:
             running.shutdown(cancel_futures=True)
 
 
-def run(config: pytest.Config, host: Host) -> Told:
-    """What both ranks of one release told, by part."""
+def run(host: Host) -> Run:
     env = {
         "PYTHONPATH": environment(host)["PYTHONPATH"],
         "OPROJ_TENSOR_PARALLEL_SIZE": str(SIZE),
@@ -64,13 +65,12 @@ def run(config: pytest.Config, host: Host) -> Told:
     }
     started = time.monotonic()
     (told,) = ranks.run(1, "tests.bodies.host_layer:on_all_ranks", seconds=240, env=env)
-    config.stash[SECONDS][str(host)] = time.monotonic() - started
-    return list(told)
+    return list(told), time.monotonic() - started
 
 
 @pytest.fixture(scope="module")
-def told(host: Host, runs: dict[Host, Future[Told]]) -> Told:
-    return runs[host].result()
+def told(host: Host, runs: dict[Host, Future[Run]]) -> Told:
+    return runs[host].result()[0]
 
 
 def part(told: Told, name: str) -> list[Any]:
@@ -83,7 +83,13 @@ def part(told: Told, name: str) -> list[Any]:
     return parts
 
 
-def test_release(host: Host, told: Told) -> None:
+def test_release(
+    host: Host,
+    told: Told,
+    runs: dict[Host, Future[Run]],
+    record_property: Callable[[str, object], None],
+) -> None:
+    record_property(SECONDS, runs[host].result()[1])
     entries = ensure(host)
     for found in part(told, "release"):
         assert parse(found["version"]) == parse(host.version)

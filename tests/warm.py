@@ -1,4 +1,4 @@
-"""Ranks forked from one process that has imported vLLM, so that each fault costs no start-up.
+"""Ranks forked from one process that has imported vLLM, so that a start costs nothing.
 
 `Warm` talks to that process; run as a module this file is the process.
 """
@@ -37,7 +37,7 @@ class Warm:
         env = {name: value for name, value in os.environ.items() if not name.startswith("OPROJ_")}
         env |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.warm"],
+            [sys.executable, "-m", "tests.warm"],
             env=env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -64,6 +64,7 @@ class Warm:
         env: Mapping[str, str],
         rank_env: Sequence[Mapping[str, str]] | None = None,
         stop_at: Sequence[int] | None = None,
+        grace: float | None = None,
     ) -> list[ranks.Outcome]:
         """As `tests.ranks.outcomes_of`."""
         given = {name: value for name, value in locals().items() if name != "self"}
@@ -72,6 +73,19 @@ class Warm:
         self.process.stdin.flush()
         told = json.loads(self.process.stdout.readline())
         return [ranks.Outcome(**outcome) for outcome in told]
+
+    def run(
+        self,
+        world: int,
+        function: str,
+        args: Mapping[str, Any],
+        *,
+        seconds: float = 120,
+        env: Mapping[str, str] | None = None,
+    ) -> list[Any]:
+        """As `tests.ranks.run`."""
+        told = self.outcomes_of(world, function, args, seconds=seconds, env=env or {}, grace=10)
+        return ranks.results(told)
 
 
 class Forked:
@@ -113,6 +127,7 @@ def fork(
     env: dict[str, str],
     rank_env: list[dict[str, str]] | None,
     stop_at: list[int] | None,
+    grace: float | None,
 ) -> list[ranks.Outcome]:
     shared = {"MASTER_PORT": str(ranks.free_port()), "WORLD_SIZE": str(world), **env}
     started = time.monotonic()
@@ -124,7 +139,7 @@ def fork(
                 out = Path(scratch, f"{rank}.json")
                 numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 forked.append(Forked(function, json.dumps(args), out, shared | numbers | own))
-            ended = ranks._wait(forked, started + seconds, stop_at, None)
+            ended = ranks._wait(forked, started + seconds, stop_at, grace)
         finally:
             for child in forked:
                 child.end()
