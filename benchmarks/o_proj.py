@@ -1,6 +1,6 @@
 """Time of one o_proj on real gloo ranks: unsharded, the built-in way, and as oproj_patch runs it.
 
-    python benchmarks/o_proj.py [--quick] [--json] [--plot FILE]
+    python benchmarks/o_proj.py [--quick] [--json] [--plot FILE] [--ascend RELEASE]
 
 Every rank is a process with one thread. All contenders run in the same processes, by turns,
 on vLLM's own linear layers; a time is the slowest rank's, the median over the repetitions.
@@ -83,9 +83,9 @@ def measure(
     import oproj_patch
     from tests.bodies.world import groups
 
-    torch.set_num_threads(1)
     columns, hidden = SHAPES[shape]
     rank = int(os.environ["RANK"])
+    torch.set_num_threads(1)
     kind = torch.bfloat16 if dtype == "int8" else getattr(torch, dtype)
     torch.set_default_dtype(kind)
     with groups(ranks) as config, torch.inference_mode():
@@ -201,7 +201,7 @@ def _gather(layer: Any) -> Any:
     return weight_gather._gather(layer, layer.oproj.group)
 
 
-def _nothing(result: Any, _: Any, x: Any, *__: Any) -> Any:
+def _nothing(result: Any, _: Any, x: Any, *__: Any, **___: Any) -> Any:
     return result[: x.shape[0]]
 
 
@@ -263,9 +263,9 @@ class _Clock:
         self.seconds = 0.0
         apply = self.method.apply
 
-        def timed(*args: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
-            result = apply(*args)
+            result = apply(*args, **kwargs)
             self.seconds += time.perf_counter() - start
             return result
 
@@ -300,7 +300,7 @@ def _time(
     slowest = torch.tensor(first, dtype=torch.float64)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     one = float(slowest)
-    length = max(1, min(30, int(0.02 / one)))
+    length = max(1, min(61, int(0.25 / one)))
     repetitions = max(3, min(40, int(seconds / (one * length * len(calls)))))
     times: dict[str, list[float]] = {name: [] for name in calls}
     outside: dict[str, list[float]] = {name: [] for name in clocks if name in calls}
@@ -541,16 +541,26 @@ def plot(results: Sequence[dict[str, Any]], path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def execute(run: Run, seconds: float) -> tuple[list[dict[str, Any]], str]:
-    """Measure one run; returns its results and what the built-in contender was."""
+def execute(run: Run, seconds: float, ascend: str = "") -> tuple[list[dict[str, Any]], str]:
+    """Measure one run; returns its results and what the built-in contender was.
+
+    ascend: release of vllm-ascend whose wheel, and vLLM's for it, are put before the installed one.
+    """
     from tests import ranks
+    from tests.hosts import overlay
+
+    host = {}
+    if ascend:
+        host = overlay.environment(overlay.Host("ascend", ascend), {})
+        host["VLLM_PLUGINS"] = "oproj_patch"  # on vLLM's CPU platform: there is no NPU
 
     told = ranks.run(
         run.ranks,
         "benchmarks.o_proj:measure",
         {**asdict(run), "seconds": seconds},
         seconds=1800,
-        env={
+        env=host
+        | {
             "OPROJ_TENSOR_PARALLEL_SIZE": str(run.ranks),
             # Where weights can be read, gathering them is a contender of its own.
             "OPROJ_WEIGHT_GATHER_ROWS": "0",
@@ -587,6 +597,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--communication", action="store_true", help="only the runs that leave out the GEMM"
     )
+    parser.add_argument(
+        "--ascend", metavar="RELEASE", default="", help="take the built-in from vllm-ascend's wheel"
+    )
     parser.add_argument("--seconds", type=float, default=6.0, help="per case (default 6)")
     parser.add_argument(
         "--saved", metavar="FILE", nargs="+", help="show the JSON of earlier runs, measure nothing"
@@ -604,7 +617,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for run in selected(args):
             what = f"{run.shape}, {run.ranks} ranks, {run.dtype}: {len(run.counts)} cases"
             print(what, file=sys.stderr, flush=True)
-            found, label = execute(run, args.seconds)
+            found, label = execute(run, args.seconds, args.ascend)
             results += found
     if args.plot:
         plot(results, args.plot)

@@ -8,9 +8,9 @@ each rank before the exchange (all heads of this tensor-parallel rank):
 Both ways are an all-to-all. The return sums the N partial results of a row locally in
 float32: it sends what a reduce-scatter sends, in one hop, rounds once, and takes unequal rows.
 
-On gloo the all-to-all is written as sends and receives between pairs: a rank's own chunk then
-takes no detour, and small messages need no hand-over to a worker thread. Elsewhere it is one
-collective call, which a device graph can capture and replay on padded, equal rows.
+On gloo a large all-to-all is written as sends and receives between pairs: a rank's own chunk then
+takes no detour. Small ones, and all of other backends, are one collective call, which a device
+graph can capture and replay on padded, equal rows.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ Gemm = Callable[[torch.Tensor], torch.Tensor]
 
 # Of each of three buffers; with more rows the exchange is done in several steps.
 SCRATCH_BYTES = 64 << 20
+# Largest message between two ranks of one collective call on gloo, whose worker thread leaves the
+# core of the caller to the threads that receive; larger ones go between pairs.
+SMALL_BYTES = 512 << 10
 # Views of them; a model that is served sees many row counts.
 MOST_VIEWS = 1024
 # Elements summed at a time on a CPU: the float32 accumulator then stays in its cache.
@@ -56,6 +59,11 @@ def rows_out(x: torch.Tensor, counts: Counts, group: OtpGroup) -> torch.Tensor:
         _all_to_all(received, send, counts, (rows,) * n, group)
         return received
     received, parts = _buffer("incoming", (sum(counts), chunk), counts, x, group)
+    if _small(counts, chunk, x):
+        send, _ = _buffer("outgoing", (n, rows, chunk), None, x, group)
+        send.copy_(chunks)
+        _all_to_all(received, send.view(n * rows, chunk), counts, (rows,) * n, group)
+        return received
     _, blocks = _buffer("outgoing", (n - 1, rows, chunk), None, x, group)
     pending = _receive(parts, group)
     for block, peer in zip(blocks, group.peers, strict=True):
@@ -75,6 +83,10 @@ def partials_back(partial: torch.Tensor, counts: Counts, group: OtpGroup) -> tor
         received = partial.new_empty((n * rows, hidden))
         _all_to_all(received, partial, (rows,) * n, counts, group)
         return received.view(n, rows, hidden).sum(0, dtype=torch.float32).to(partial.dtype)
+    if _small(counts, hidden, partial):
+        received, parts = _buffer("returned", (n, rows, hidden), None, partial, group)
+        _all_to_all(received.view(n * rows, hidden), partial, (rows,) * n, counts, group)
+        return sum_of(parts)
     mine = partial.split(counts)
     _, blocks = _buffer("returned", (n - 1, rows, hidden), None, partial, group)
     theirs = list(mine)
@@ -101,6 +113,12 @@ def sum_of(parts: Sequence[torch.Tensor]) -> torch.Tensor:
             total += other[start : start + step]
         output[start : start + step] = total
     return output
+
+
+def _small(counts: Counts, columns: int, like: torch.Tensor) -> bool:
+    """Whether no two ranks exchange more than `SMALL_BYTES`; the same on every rank."""
+    largest: int = max(counts) * columns * like.element_size()
+    return largest <= SMALL_BYTES
 
 
 def _all_to_all(

@@ -51,12 +51,16 @@ def run_cases(cases: list[Result]) -> list[Result]:
             options = dict(case)
             name, size = options.pop("case", "equal"), options.pop("size", 0)
             import oproj_patch
+            from oproj_patch import exchange
 
             oproj_patch.enable(size)
+            one_call = exchange.SMALL_BYTES
+            exchange.SMALL_BYTES = options.pop("one_call", one_call)
             try:
                 told.append(CASES[name](**options))
             finally:
                 torch.set_default_dtype(torch.float32)
+                exchange.SMALL_BYTES = one_call
                 oproj_patch.disable()
     return told
 

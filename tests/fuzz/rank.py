@@ -51,10 +51,13 @@ class Rank:
         skip_bias_add: bool,
         told: bool,
         parallel_input: bool,
+        one_call: int,
+        scratch: int,
     ) -> dict[str, Any] | None:
         """Largest error of the sharded layer, in units of the largest output, by step with rows.
 
-        rows[step][data-parallel rank]; told: vLLM announces the row counts.
+        rows[step][data-parallel rank]; told: vLLM announces the row counts; one_call, scratch:
+        bytes of messages and of buffers up to which an exchange is not cut up.
         """
         if not self.member:
             return None
@@ -62,10 +65,11 @@ class Rank:
         from vllm.forward_context import set_forward_context
 
         import oproj_patch
-        from oproj_patch import otp_group
+        from oproj_patch import exchange, otp_group
         from tests.bodies.layer import build, load
         from tests.bodies.world import whole
 
+        exchange.SMALL_BYTES, exchange.SCRATCH_BYTES = one_call, scratch
         kind = getattr(torch, dtype)
         torch.set_default_dtype(kind)
         dp_rank = self.config.parallel_config.data_parallel_rank
