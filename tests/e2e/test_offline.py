@@ -31,14 +31,14 @@ def test_two_ranks(lab: Lab, model: labs.Model, compiled: bool) -> None:
 @pytest.mark.parametrize("otp", [2, 4])
 def test_four_ranks(lab: Lab, otp: int) -> None:
     """DP=4 as two groups of two and as one of four, against an unpatched DP=2."""
-    on = lab.on(DENSE, otp, dp=4)
-    labs.assert_same_tokens(lab.off(DENSE), on)
+    on = lab.on(STORY_TELLER, otp, dp=4)
+    labs.assert_same_tokens(lab.off(STORY_TELLER), on)
 
 
 def test_tensor_parallel(lab: Lab) -> None:
     """TP=2 x DP=2, otp=2: groups [0, 2] and [1, 3]; vLLM's own all-reduce follows ours."""
-    on = lab.on(DENSE, 2, tp=2)
-    labs.assert_same_tokens(lab.off(DENSE), on)
+    on = lab.on(STORY_TELLER, 2, tp=2)
+    labs.assert_same_tokens(lab.off(STORY_TELLER), on)
 
 
 def test_compile_cache_of_the_other_setting(lab: Lab) -> None:
@@ -65,8 +65,8 @@ def graph_files(run: labs.OfflineRun) -> set[str]:
 
 def test_plugin_alone(lab: Lab) -> None:
     """Without the probe nothing but vLLM's entry point can load the shim in a worker."""
-    config = lab.config(DENSE, otp=2)
+    config = lab.config(STORY_TELLER, otp=2)
     bare = EngineConfig(config.model, env=config.env, extension=None)
     run = run_offline(bare, [Round([labs.PROMPTS[:2], labs.PROMPTS[2:4]], [12, 12])])
     labs.assert_info_lines(run.logs, workers=2, otp=2)
-    labs.assert_same_tokens(lab.off(DENSE), run)
+    labs.assert_same_tokens(lab.off(STORY_TELLER), run)
