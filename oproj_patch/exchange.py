@@ -1,16 +1,13 @@
 """The collectives around a sharded o_proj, and the custom op that runs them.
 
-One forward of one layer on a group of N ranks, `T_i` rows on rank i, `K` input columns on
-each rank before the exchange (all heads of this tensor-parallel rank):
+One step of one layer on a group of N ranks, `T_i` rows on rank i, `K` input columns on each rank
+(all heads of this tensor-parallel rank):
 
-    x_i [T_i, K] --exchange--> [sum(T), K/N] --GEMM--> [sum(T), hidden] --return--> [T_i, hidden]
+    x_i [T_i, K] --dispatch--> [sum(T), K/N] --GEMM--> [sum(T), hidden] --combine--> [T_i, hidden]
 
-Both ways are an all-to-all. The return sums the N partial results of a row locally in
-float32: it sends what a reduce-scatter sends, in one hop, rounds once, and takes unequal rows.
-
-On gloo a large all-to-all is written as sends and receives between pairs: a rank's own chunk then
-takes no detour. Small ones, and all of other backends, are one collective call, which a device
-graph can capture and replay on padded, equal rows.
+Dispatch and combine are one all-to-all each, on every backend. The combine's owner adds up the N
+partial results of a row: that sends what a reduce-scatter sends, in one hop, rounds once, and
+takes unequal rows.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ import logging
 import math
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,92 +30,40 @@ from .settings import DEBUG
 
 Gemm = Callable[[torch.Tensor], torch.Tensor]
 
-# Of each of three buffers; with more rows the exchange is done in several steps.
-SCRATCH_BYTES = 64 << 20
-# Largest message between two ranks of one collective call on gloo, whose worker thread leaves the
-# core of the caller to the threads that receive; larger ones go between pairs.
-SMALL_BYTES = 512 << 10
-# Views of them; a model that is served sees many row counts.
+BUFFER_BYTES = 64 << 20
+"""Of each of the three shared buffers; a step with more rows is cut into parts."""
 MOST_VIEWS = 1024
-# Elements summed at a time on a CPU: the float32 accumulator then stays in its cache.
-SUM_ELEMENTS = 1 << 18
+"""Views of the buffers that are kept; a model that is served sees many row counts."""
 
 
-def rows_out(x: torch.Tensor, counts: Counts, group: OtpGroup) -> torch.Tensor:
-    """Exchange: x [T_i, K] -> [sum(T), K/N], rows ordered by owner; same dtype.
+def dispatch(x: torch.Tensor, counts: Counts, group: OtpGroup) -> torch.Tensor:
+    """Send x [T_i, K] out: returns [sum(T), K/N], rows ordered by owner, same dtype.
 
-    On a CPU the result is valid until the group's next exchange.
+    The result is valid until the group's next step.
     """
-    n = group.size
-    rows, columns = x.shape
-    chunk = columns // n
-    chunks = x.view(rows, n, chunk).transpose(0, 1)
-    if not group.pairwise:
-        received = x.new_empty((sum(counts), chunk))
-        send = chunks.contiguous().view(n * rows, chunk)
-        _all_to_all(received, send, counts, (rows,) * n, group)
-        return received
-    received, parts = _buffer("incoming", (sum(counts), chunk), counts, x, group)
-    if _small(counts, chunk, x):
-        send, _ = _buffer("outgoing", (n, rows, chunk), None, x, group)
-        send.copy_(chunks)
-        _all_to_all(received, send.view(n * rows, chunk), counts, (rows,) * n, group)
-        return received
-    _, blocks = _buffer("outgoing", (n - 1, rows, chunk), None, x, group)
-    pending = _receive(parts, group)
-    for block, peer in zip(blocks, group.peers, strict=True):
-        pending += _send(block.copy_(chunks[peer]), peer, group)
-    parts[group.rank].copy_(chunks[group.rank])
-    _wait(pending)
+    n, rows = group.size, x.shape[0]
+    chunk = x.shape[1] // n
+    send = _buffer("dispatch send", (n, rows, chunk), x, group)
+    send.copy_(x.view(rows, n, chunk).transpose(0, 1))
+    received = _buffer("dispatch receive", (sum(counts), chunk), x, group)
+    _all_to_all(received, send.view(n * rows, chunk), counts, (rows,) * n, group)
     return received
 
 
-def partials_back(partial: torch.Tensor, counts: Counts, group: OtpGroup) -> torch.Tensor:
-    """Return: partial [sum(T), hidden] -> [T_i, hidden], each row summed over the group."""
-    n = group.size
-    rows = counts[group.rank]
-    hidden = partial.shape[1]
-    partial = partial.contiguous()
-    if not group.pairwise:
-        received = partial.new_empty((n * rows, hidden))
-        _all_to_all(received, partial, (rows,) * n, counts, group)
-        return received.view(n, rows, hidden).sum(0, dtype=torch.float32).to(partial.dtype)
-    if _small(counts, hidden, partial):
-        received, parts = _buffer("returned", (n, rows, hidden), None, partial, group)
-        _all_to_all(received.view(n * rows, hidden), partial, (rows,) * n, counts, group)
-        return sum_of(parts)
-    mine = partial.split(counts)
-    _, blocks = _buffer("returned", (n - 1, rows, hidden), None, partial, group)
-    theirs = list(mine)
-    for block, peer in zip(blocks, group.peers, strict=True):
-        theirs[peer] = block
-    pending = _receive(theirs, group)
-    for peer in group.peers:
-        pending += _send(mine[peer], peer, group)
-    _wait(pending)
-    return sum_of(theirs)
+def combine(partial: torch.Tensor, counts: Counts, group: OtpGroup) -> torch.Tensor:
+    """Send partial [sum(T), hidden] back: returns [T_i, hidden], each row summed over the group."""
+    n, rows, hidden = group.size, counts[group.rank], partial.shape[1]
+    received = _buffer("combine receive", (n, rows, hidden), partial, group)
+    flat = received.view(n * rows, hidden)
+    _all_to_all(flat, partial.contiguous(), (rows,) * n, counts, group)
+    return add_up(received)
 
 
-def sum_of(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Sum of N CPU tensors [rows, hidden], accumulated in float32 and rounded once."""
-    first, *others = parts
-    if len(others) == 1:
-        return torch.add(first, others[0])
-    # On a CPU `Tensor.sum` is an order of magnitude slower over the outer dimension.
-    output = torch.empty_like(first)
-    step = max(1, SUM_ELEMENTS // max(1, first.shape[1]))
-    for start in range(0, first.shape[0], step):
-        total = first[start : start + step].to(torch.float32, copy=True)
-        for other in others:
-            total += other[start : start + step]
-        output[start : start + step] = total
-    return output
-
-
-def _small(counts: Counts, columns: int, like: torch.Tensor) -> bool:
-    """Whether no two ranks exchange more than `SMALL_BYTES`; the same on every rank."""
-    largest: int = max(counts) * columns * like.element_size()
-    return largest <= SMALL_BYTES
+def add_up(parts: torch.Tensor) -> torch.Tensor:
+    """Sum of parts [N, rows, hidden] over N: accumulated in float32, rounded once, one kernel."""
+    if parts.shape[0] == 2:
+        return torch.add(parts[0], parts[1])
+    return parts.sum(0)  # torch accumulates 16-bit types in float32
 
 
 def _all_to_all(
@@ -129,7 +74,7 @@ def _all_to_all(
     group: OtpGroup,
 ) -> None:
     if output_rows == input_rows and len(set(output_rows)) == 1:
-        # The one form a device graph can capture and replay on padded, equal rows.
+        # The form without splits is the one that a device graph can capture.
         dist.all_to_all_single(output, input_, group=group.device_group)
         return
     dist.all_to_all_single(
@@ -137,57 +82,27 @@ def _all_to_all(
     )
 
 
-def _receive(parts: Sequence[torch.Tensor], group: OtpGroup) -> list[Any]:
-    """Begin to receive `parts[peer]`; a part without rows is not sent either."""
-    return [
-        dist.irecv(parts[peer], group=group.device_group, group_src=peer)
-        for peer in group.peers
-        if parts[peer].numel()
-    ]
-
-
-def _send(part: torch.Tensor, peer: int, group: OtpGroup) -> list[Any]:
-    if not part.numel():
-        return []
-    return [dist.isend(part, group=group.device_group, group_dst=peer)]
-
-
-def _wait(pending: Sequence[Any]) -> None:
-    for work in pending:
-        work.wait()
-
-
 def _buffer(
-    role: str, shape: tuple[int, ...], rows: Counts | None, like: torch.Tensor, group: OtpGroup
-) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-    """Uninitialised memory of `like`'s dtype that all layers share, and its parts.
-
-    rows: rows of each part; None: one part for each index of the first dimension.
-
-    Only for a CPU, whose allocator gives large blocks back to the system and pays a page fault
-    for each 4 KiB again. Those of devices keep them, and give a captured graph its own.
-    """
-    key = (role, shape, rows, like.dtype)
+    role: str, shape: tuple[int, ...], like: torch.Tensor, group: OtpGroup
+) -> torch.Tensor:
+    """Uninitialized memory of `like`'s dtype and device, shared by all layers of the group."""
+    key = (role, shape, like.dtype)
     found = group.views.get(key)
     if found is not None:
         return found
     size = math.prod(shape)
-    keep = size * like.element_size() <= SCRATCH_BYTES
-    # Written to in and out of inference mode, so not inference tensors.
-    with torch.inference_mode(False):
-        memory = group.scratch.get((role, like.dtype)) if keep else None
-        if memory is None or memory.numel() < size:
-            memory = torch.empty(size, dtype=like.dtype)
-            if keep:
-                group.views.clear()
-        whole = memory[:size].view(shape)
-        parts = whole.unbind() if rows is None else whole.split(rows)
-    if keep:
+    memory = group.scratch.get((role, like.dtype))
+    if memory is None or memory.numel() < size:
+        # The model writes to it in and out of inference mode: no inference tensor.
+        with torch.inference_mode(False):
+            memory = torch.empty(size, dtype=like.dtype, device=like.device)
         group.scratch[role, like.dtype] = memory
-        if len(group.views) >= MOST_VIEWS:
-            group.views.clear()
-        group.views[key] = whole, parts
-    return whole, parts
+        group.views.clear()
+    if len(group.views) >= MOST_VIEWS:
+        group.views.clear()
+    with torch.inference_mode(False):
+        view = group.views[key] = memory[:size].view(shape)
+    return view
 
 
 def run(
@@ -233,26 +148,26 @@ def run(
 def _exchanged(
     x: torch.Tensor, counts: Counts, hidden: int, gemm: Gemm, group: OtpGroup
 ) -> torch.Tensor:
-    blocks = _blocks(x, counts, hidden, group) if group.pairwise else 1
-    if blocks == 1:
-        return partials_back(gemm(rows_out(x, counts, group)), counts, group)
+    parts = _parts(x, counts, hidden, group)
+    if parts == 1:
+        return combine(gemm(dispatch(x, counts, group)), counts, group)
     output = x.new_empty((x.shape[0], hidden))
-    for block in range(blocks):
+    for part in range(parts):
         # Every rank cuts every rank's rows in the same places.
-        starts = [count * block // blocks for count in counts]
-        ends = [count * (block + 1) // blocks for count in counts]
+        starts = [count * part // parts for count in counts]
+        ends = [count * (part + 1) // parts for count in counts]
         some = tuple(end - start for start, end in zip(starts, ends, strict=True))
         mine = slice(starts[group.rank], ends[group.rank])
-        output[mine] = partials_back(gemm(rows_out(x[mine], some, group)), some, group)
+        output[mine] = combine(gemm(dispatch(x[mine], some, group)), some, group)
     return output
 
 
-def _blocks(x: torch.Tensor, counts: Counts, hidden: int, group: OtpGroup) -> int:
-    """In how many steps to exchange so that no rank needs a buffer larger than those kept."""
-    incoming = sum(counts) * x.shape[1] // group.size
-    returned = (group.size - 1) * max(counts) * hidden
-    most: int = max(incoming, returned) * x.element_size()
-    return max(1, -(-most // SCRATCH_BYTES))
+def _parts(x: torch.Tensor, counts: Counts, hidden: int, group: OtpGroup) -> int:
+    """In how many parts to cut a step so that no rank's buffer is larger than `BUFFER_BYTES`."""
+    out = max(group.size * max(counts), sum(counts)) * (x.shape[1] // group.size)
+    back = group.size * max(counts) * hidden
+    most: int = max(out, back) * x.element_size()
+    return max(1, -(-most // BUFFER_BYTES))
 
 
 def _gather_verified(layer: Any, like: torch.Tensor, gemm: Gemm, group: OtpGroup) -> bool:
@@ -325,7 +240,7 @@ def _compare_places(name: str, rows: int, group: OtpGroup, host: row_counts.Host
 
 def _between_ranks(error: RuntimeError) -> bool:
     """Whether a collective raised `error`, and not the GEMM or a refusal of ours."""
-    waiting = (_wait, _receive, _send, _all_to_all, weight_gather._gather, row_counts.gather)
+    waiting = (_all_to_all, weight_gather._gather, row_counts.gather)
     raised_in = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
     return not raised_in.isdisjoint(function.__code__ for function in waiting)
 

@@ -73,7 +73,6 @@ class OtpGroup:
     main_layers: how many of `layers` belong to the first model; later ones are a drafter's.
     complete: no layer built from now on is sharded.
     layer_tp: see `LayerTPGroup`.
-    pairwise: exchange by sends between pairs (gloo) instead of one collective call.
     exchanges: exchanges run so far; gathers: how many of them gathered the weight instead.
     rows, gathered_rows: this rank's own rows in them, summed.
     scratch: memory that all layers share; views: parts of it, for row counts seen before.
@@ -89,7 +88,6 @@ class OtpGroup:
     layer_tp: LayerTPGroup
     settings: Settings
     store_key: str
-    pairwise: bool
     exchanges: int = 0
     gathers: int = 0
     rows: int = 0
@@ -99,16 +97,11 @@ class OtpGroup:
     complete: bool = False
     layers: dict[str, Any] = field(default_factory=dict)
     scratch: dict[Any, torch.Tensor] = field(default_factory=dict)
-    views: dict[Any, tuple[torch.Tensor, Sequence[torch.Tensor]]] = field(default_factory=dict)
+    views: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     @functools.cached_property
     def size(self) -> int:
         return len(self.ranks)
-
-    @functools.cached_property
-    def peers(self) -> tuple[int, ...]:
-        """The other ranks of the group, from the right-hand neighbour on."""
-        return tuple((self.rank + step) % self.size for step in range(1, self.size))
 
 
 _current: OtpGroup | None = None
@@ -204,7 +197,6 @@ def create(
         layer_tp=LayerTPGroup(layer_ranks.index(rank), layer_ranks, layer_device, layer_cpu),
         settings=settings,
         store_key=f"{key}/{ranks[0]}",
-        pairwise=backend == "gloo",
     )
     return _current
 

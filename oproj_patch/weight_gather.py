@@ -139,7 +139,6 @@ def pieces(layer: Any) -> dict[str, torch.Tensor]:
 def _gather(layer: Any, group: OtpGroup) -> list[dict[str, torch.Tensor]]:
     """The `pieces` of every rank of the group, in group order."""
     shards: list[dict[str, torch.Tensor]] = [{} for _ in range(group.size)]
-    pending: list[Any] = []
     buffer = _buffer(layer, group)
     start = 0
     for name, tensor in pieces(layer).items():
@@ -149,16 +148,9 @@ def _gather(layer: Any, group: OtpGroup) -> list[dict[str, torch.Tensor]]:
         size = _aligned(flat.numel())
         region = buffer[start : start + size * group.size].view(group.size, size)
         start += size * group.size
-        if group.pairwise:
-            for peer in range(group.size):
-                if peer != group.rank:
-                    into = region[peer, : flat.numel()]
-                    pending.append(dist.irecv(into, group=group.device_group, group_src=peer))
-                    pending.append(dist.isend(flat, group=group.device_group, group_dst=peer))
-        else:
-            mine = region[group.rank]
-            mine[: flat.numel()].copy_(flat)
-            _all_gather(region.view(-1), mine, group=group.device_group)
+        mine = region[group.rank]
+        mine[: flat.numel()].copy_(flat)
+        _all_gather(region.view(-1), mine, group=group.device_group)
         permuted = tensor.permute(order)
         back = [order.index(dim) for dim in range(len(order))]
         for rank, shard in enumerate(shards):
@@ -166,8 +158,6 @@ def _gather(layer: Any, group: OtpGroup) -> list[dict[str, torch.Tensor]]:
             shard[name] = (
                 tensor if rank == group.rank else theirs.view(permuted.shape).permute(back)
             )
-    for work in pending:
-        work.wait()
     return shards
 
 

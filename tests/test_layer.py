@@ -28,9 +28,9 @@ EQUAL: dict[int, list[Case]] = {
     2: [
         *({"dp": 2, "size": 2, "rows": UNEVEN2, **options} for options in OPTIONS),
         {"dp": 2, "size": 2, "rows": UNEVEN2, "announced": True},
-        # Bytes up to which a message is part of one call; larger ones go between pairs.
-        {"dp": 2, "size": 2, "rows": UNEVEN2, "bias": True, "one_call": 0},
-        {"dp": 2, "size": 2, "rows": UNEVEN2, "bias": True, "one_call": 500},
+        # Bytes of a buffer, above which a step is cut into parts.
+        {"dp": 2, "size": 2, "rows": UNEVEN2, "bias": True, "buffer": 64},
+        {"dp": 2, "size": 2, "rows": UNEVEN2, "bias": True, "buffer": 500},
         {"dp": 2, "size": 2, "rows": [[3, 4], [2, 2]], "dims": 3},
         {"dp": 2, "size": 2, "rows": [[4, 9], [64, 64]], "columns": 2048, "hidden": 512},
         {"dp": 2, "size": 2, "rows": COMPILED, "compiled": True, "bias": True},
@@ -39,12 +39,12 @@ EQUAL: dict[int, list[Case]] = {
     ],
     3: [
         {"dp": 3, "size": 3, "rows": [[3, 3, 3], [0, 5, 1], [200, 0, 0]], **options}
-        for options in ({}, {"bias": True}, {"columns": 21, "hidden": 7}, {"one_call": 0})
+        for options in ({}, {"bias": True}, {"columns": 21, "hidden": 7}, {"buffer": 64})
     ],
     4: [
         {"dp": 4, "size": 2, "rows": [[3, 3, 3, 3], [0, 5, 1, 2], [100, 0, 0, 7]], "bias": True},
         {"dp": 4, "size": 4, "rows": [[3, 3, 3, 3], [0, 5, 1, 2], [100, 0, 0, 7]], "bias": True},
-        {"dp": 4, "size": 4, "rows": [[3, 3, 3, 3], [0, 5, 1, 2], [100, 0, 0, 7]], "one_call": 0},
+        {"dp": 4, "size": 4, "rows": [[3, 3, 3, 3], [0, 5, 1, 2], [100, 0, 0, 7]], "buffer": 64},
         *({"dp": 2, "tp": 2, "size": 2, "rows": UNEVEN2, **options} for options in OPTIONS),
         {"dp": 2, "tp": 2, "size": 2, "rows": COMPILED, "compiled": True},
         {
@@ -55,7 +55,7 @@ EQUAL: dict[int, list[Case]] = {
     8: [
         {"dp": 8, "size": 8, "rows": [[3] * 8, [0, 1, 2, 3, 4, 5, 6, 200]], "bias": True},
         {"dp": 8, "size": 4, "rows": [[3] * 8, [0, 1, 2, 3, 4, 5, 6, 200]]},
-        {"dp": 8, "size": 8, "rows": [[3] * 8, [0, 1, 2, 3, 4, 5, 6, 200]], "one_call": 0},
+        {"dp": 8, "size": 8, "rows": [[3] * 8, [0, 1, 2, 3, 4, 5, 6, 200]], "buffer": 64},
         {"dp": 4, "tp": 2, "size": 4, "rows": [[2] * 4, [0, 1, 9, 90]], "bias": True},
         {"dp": 2, "tp": 4, "size": 2, "rows": [[2, 2], [0, 9]], "bias": True},
     ],

@@ -54,13 +54,13 @@ def run_cases(cases: list[Result]) -> list[Result]:
             from oproj_patch import exchange
 
             oproj_patch.enable(size)
-            one_call = exchange.SMALL_BYTES
-            exchange.SMALL_BYTES = options.pop("one_call", one_call)
+            buffer = exchange.BUFFER_BYTES
+            exchange.BUFFER_BYTES = options.pop("buffer", buffer)
             try:
                 told.append(CASES[name](**options))
             finally:
                 torch.set_default_dtype(torch.float32)
-                exchange.SMALL_BYTES = one_call
+                exchange.BUFFER_BYTES = buffer
                 oproj_patch.disable()
     return told
 

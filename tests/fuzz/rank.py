@@ -51,13 +51,12 @@ class Rank:
         skip_bias_add: bool,
         told: bool,
         parallel_input: bool,
-        one_call: int,
-        scratch: int,
+        buffer: int,
     ) -> dict[str, Any] | None:
         """Largest error of the sharded layer, in units of the largest output, by step with rows.
 
-        rows[step][data-parallel rank]; told: vLLM announces the row counts; one_call, scratch:
-        bytes of messages and of buffers up to which an exchange is not cut up.
+        rows[step][data-parallel rank]; told: vLLM announces the row counts; buffer: bytes of a
+        buffer, above which a step is cut into parts.
         """
         if not self.member:
             return None
@@ -69,7 +68,7 @@ class Rank:
         from tests.bodies.layer import build, load
         from tests.bodies.world import whole
 
-        exchange.SMALL_BYTES, exchange.SCRATCH_BYTES = one_call, scratch
+        exchange.BUFFER_BYTES = buffer
         kind = getattr(torch, dtype)
         torch.set_default_dtype(kind)
         dp_rank = self.config.parallel_config.data_parallel_rank

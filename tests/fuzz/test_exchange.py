@@ -69,8 +69,7 @@ def examples(dp: int, tp: int, size: int) -> st.SearchStrategy[dict[str, Any]]:
             "skip_bias_add": st.booleans(),
             "told": st.booleans(),
             "parallel_input": st.booleans(),
-            "one_call": st.sampled_from([0, 2000, 512 << 10]),
-            "scratch": st.sampled_from([5000, 64 << 20]),
+            "buffer": st.sampled_from([500, 5000, 64 << 20]),
         }
     )
 
