@@ -11,11 +11,11 @@ import sys
 
 from ._version import __version__
 
-TYPE_CHECKING = False  # what type checkers know `typing`'s as; importing that costs milliseconds
+TYPE_CHECKING = False  # type checkers take this name for true; importing `typing` costs time
 if TYPE_CHECKING:
     from typing import Any
 
-    from .api import Status, disable, enable, status
+    from .activation import Status, disable, enable, status
     from .errors import OprojError, OprojValueError
 
 __all__ = [
@@ -34,17 +34,17 @@ _ERRORS = ("OprojError", "OprojValueError")
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import api, errors
+    from . import activation, errors
 
-    return getattr(errors if name in _ERRORS else api, name)
+    return getattr(errors if name in _ERRORS else activation, name)
 
 
 def plugin() -> None:
     """Entry point `vllm.general_plugins: oproj_patch`; vLLM calls it in every process."""
     if _asked_for():
-        from . import api
+        from . import activation
 
-        api.plugin_loaded()
+        activation.plugin_loaded()
 
 
 def _asked_for() -> bool:
@@ -63,6 +63,6 @@ def _command_line() -> bool:
 
 
 if _asked_for() and not _command_line():
-    from . import api as _api
+    from . import activation as _activation
 
-    _api.activate()
+    _activation.activate()

@@ -88,9 +88,42 @@ def parse(version: str) -> tuple[int, ...]:
 
 
 def in_range(version: str, first: str, last: str | None = None) -> bool:
-    """Whether `first <= version <= last`; `last=None` means no upper end."""
+    """Tell whether `first <= version <= last`; `last=None` means no upper end."""
     numbers = parse(version)
     return parse(first) <= numbers and (last is None or numbers <= parse(last))
+
+
+def applies(version: str, since: str, until: str) -> bool:
+    """Tell whether a fact of the releases from `since` to `until` (empty: no end) holds.
+
+    A version without a release number, such as `dev`, is taken for the newest.
+    """
+    try:
+        return in_range(version, since or "0", until or None)
+    except ValueError:
+        return not until
+
+
+def untested(vllm: str, ascend: str | None = None) -> str:
+    """Return what is untested about this pair, as `requested X, found Y`; empty if tested.
+
+    Any vLLM between the oldest and the newest tested release is in range; of vllm-ascend only
+    the tested releases are, each with its own vLLM.
+    """
+    oldest, newest = VLLM_RELEASES[0], VLLM_RELEASES[-1]
+    try:
+        if ascend is None:
+            tested = in_range(vllm, oldest, newest)
+            return "" if tested else f"requested vllm {oldest} to {newest}, found {vllm}"
+        known = tested_as(ascend, ASCEND_RELEASES)
+        if known is None:
+            return f"requested vllm-ascend {', '.join(ASCEND_RELEASES)}, found {ascend}"
+        partner = ASCEND_RELEASES[known].vllm
+        if parse(partner) != parse(vllm):
+            return f"requested vllm {partner} for vllm-ascend {ascend}, found vllm {vllm}"
+    except ValueError as error:
+        return f"requested vllm {oldest} to {newest}, found no release number ({error})"
+    return ""
 
 
 def tested_as(version: str, releases: Iterable[str]) -> str | None:

@@ -1,11 +1,11 @@
-"""Pure rank and shard arithmetic. No torch, no vLLM."""
+"""Rank and shard arithmetic. No torch, no vLLM."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .errors import OprojValueError
-from .settings import TOGGLE
+from ..errors import OprojValueError
+from ..settings import TOGGLE
 
 
 def check_size(size: int, dp_size: int) -> None:
@@ -45,7 +45,7 @@ def otp_groups(dp_groups: Sequence[Sequence[int]], size: int) -> list[list[int]]
 def layer_groups(
     otp: Sequence[Sequence[int]], tp_groups: Sequence[Sequence[int]]
 ) -> list[list[int]]:
-    """The ranks that together hold one whole o_proj weight, in chunk order.
+    """Return the ranks that together hold one whole o_proj weight, in chunk order.
 
     The weight is cut into `tp * N` chunks; chunk `tp_rank * N + otp_rank` lives on the rank
     at that place of the returned list. With tp = 1 this is the otp group itself.
@@ -59,11 +59,6 @@ def layer_groups(
             groups.append(members)
             seen.update(members)
     return groups
-
-
-def layer_rank(tp_rank: int, otp_rank: int, otp_size: int) -> int:
-    """Index of this rank's chunk among the `tp * otp_size` chunks of one o_proj weight."""
-    return tp_rank * otp_size + otp_rank
 
 
 def check_divisible(name: str, input_size: int, tp_size: int, otp_size: int) -> None:
@@ -82,7 +77,7 @@ def check_divisible(name: str, input_size: int, tp_size: int, otp_size: int) -> 
 
 
 def legal_sizes(dp_size: int, input_size: int, tp_size: int = 1) -> list[int]:
-    """Group sizes >= 2 that divide both the data-parallel size and the o_proj input dimension."""
+    """Return the group sizes >= 2 that divide the data-parallel size and the input dimension."""
     return [
         n for n in range(2, dp_size + 1) if dp_size % n == 0 and input_size % (tp_size * n) == 0
     ]

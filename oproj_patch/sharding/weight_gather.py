@@ -1,54 +1,40 @@
-"""For many rows: fetch the other ranks' shards of a weight instead of exchanging activations.
+"""For many rows: fetch the other ranks' shards of a weight instead of exchanging rows.
 
-With T rows on each rank the exchange and the return send `T * ((N-1)/N * K + (N-1) * H)`
-elements a rank, the gather `(N-1)/N * K * H`, whatever T is: it moves less from `T* =
-K*H / (K + N*H)` rows on when weight and activation have the same element size.
+With T rows on each rank, dispatch and combine send `T * ((N-1)/N * K + (N-1) * H)` elements a
+rank, a gather sends `(N-1)/N * K * H`, whatever T is: it moves less from `T* = K*H / (K + N*H)`
+rows on when weight and activation have the same element size.
 
-The layer's quant method is applied shard by shard, each with the tensors of its rank in the
-layer, and the results are summed in float32: right for every format, also those that cannot be
-joined along the input dimension. The shards of all layers arrive in one buffer.
+The layer's quant method runs shard by shard, each time with the tensors of one rank in the layer,
+and the results are summed in float32. That is right for every format, also for those that cannot
+be joined along the input dimension. The shards of all layers arrive in one buffer.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .otp_group import OtpGroup
-from .row_counts import Counts
-
-Gemm = Callable[[torch.Tensor], torch.Tensor]
+from .otp_group import CollectiveError, Counts, OtpGroup
 
 # torch 2.13 renamed it.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 ALIGNMENT = 256
 """Bytes; what device kernels may ask of the address of a weight."""
-
-
-def prepare(group: OtpGroup) -> None:
-    """Settle for every layer of `group` from how many rows on it is gathered.
-
-    Called when the weights have been loaded and processed, before ranks compare their layers.
-    """
-    for layer in group.layers.values():
-        least = threshold(layer, group)
-        layer.oproj.gather_from = least
-        # Ranks that gather different things would wait for each other for ever.
-        what = {name: tuple(tensor.shape) for name, tensor in pieces(layer).items()}
-        layer.oproj.description += f" gather:{least}" + (f":{what}" if least else "")
+PLAIN_NPU_FORMATS = (-1, 0, 2)
+"""torch_npu's formats whose bytes are those of the matrix: undefined, NCHW, ND."""
 
 
 def threshold(layer: Any, group: OtpGroup) -> int:
-    """Rows on every rank from which `layer` is gathered; 0: never.
+    """Return the rows on every rank from which `layer` is gathered; 0: never.
 
     The user's number if there is one, else the least row count at which a gather moves no more
-    bytes than the exchange.
+    bytes than dispatch and combine.
     """
     wanted = group.settings.weight_gather_rows
     if wanted == 0 or obstacle(layer, group):
@@ -62,26 +48,49 @@ def threshold(layer: Any, group: OtpGroup) -> int:
     return max(1, least)
 
 
+def describe(layer: Any, least: int) -> str:
+    """Return what ranks must have in common to gather `layer`; part of its description."""
+    # Ranks that gather different things would wait for each other for ever.
+    what = {name: tuple(tensor.shape) for name, tensor in pieces(layer).items()} if least else ""
+    return f"gather:{least}:{what}"
+
+
 def obstacle(layer: Any, group: OtpGroup) -> str:
-    """Why `layer` cannot be gathered, after its weights were processed; empty when it can."""
+    """Return why `layer` cannot be gathered, after its weights were processed; empty if it can."""
     held = pieces(layer)
+    for name, tensor in held.items():
+        kind = type(tensor)
+        if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            return f"{name} is a {kind.__name__}, which cannot be read plainly"
+        if _npu_format(tensor) not in PLAIN_NPU_FORMATS:
+            return f"{name} is in a private device format"
+        if _ordered(tensor) is None:
+            return f"{name} has gaps in memory"
     cut = layer.oproj.saved // (group.size - 1)
     # Quantizing while loading may have made a weight up to 8 times smaller.
     if sum(_bytes(tensor) for tensor in held.values()) * 8 < cut:
         return "the host has packed the weights where they cannot be read"
-    gaps = [name for name, tensor in held.items() if _ordered(tensor) is None]
-    return f"{gaps[0]} has gaps in memory" if gaps else ""
+    return ""
+
+
+def _npu_format(tensor: torch.Tensor) -> int:
+    if tensor.device.type != "npu":
+        return -1
+    import torch_npu
+
+    return int(torch_npu.get_npu_format(tensor))
 
 
 def summary(group: OtpGroup) -> str:
-    """What the worker's one line says about it; empty when nobody asked and nothing is gathered."""
+    """Return the worker's log on gathers; empty when nobody asked and nothing is gathered."""
     layers = list(group.layers.values())
-    thresholds = [layer.oproj.gather_from for layer in layers if layer.oproj.gather_from]
-    if thresholds:
-        size = max(buffer_bytes(layer, group) for layer in layers if layer.oproj.gather_from)
+    gathered = [layer for layer in layers if layer.oproj.plan.gather_from]
+    if gathered:
+        least = min(layer.oproj.plan.gather_from for layer in gathered)
+        size = max(buffer_bytes(layer, group) for layer in gathered)
         return (
-            f"; weights gathered from {min(thresholds)} rows a rank on, through a buffer of "
-            f"{size / (1 << 30):.3f} GiB"
+            f"; weights gathered from {max(least, group.graph_rows + 1)} rows a rank on, through "
+            f"a buffer of {size / (1 << 30):.3f} GiB"
         )
     if group.settings.weight_gather_rows and layers:
         return f"; weights not gathered: {obstacle(layers[0], group)}"
@@ -89,24 +98,22 @@ def summary(group: OtpGroup) -> str:
 
 
 def buffer_bytes(layer: Any, group: OtpGroup) -> int:
-    """Size of the buffer that gathering `layer` takes on every rank."""
+    """Return the size of the buffer that gathering `layer` takes on every rank."""
     return sum(_aligned(_bytes(tensor)) * group.size for tensor in pieces(layer).values())
 
 
 def wins(least: int, counts: Counts) -> bool:
-    """Whether to gather with these row counts of the group; `least` as from `threshold`.
+    """Tell whether to gather with these row counts of the group; `least` as from `threshold`.
 
-    After a gather a rank multiplies its own rows only, so that one with many more than the others
-    would keep them waiting, while an exchange spreads the rows evenly.
+    After a gather a rank multiplies its own rows only: one with many more rows than the others
+    would keep them waiting. Dispatch spreads the rows evenly.
     """
     return least > 0 and min(counts) >= least and 4 * max(counts) <= 5 * min(counts)
 
 
-def run(x: torch.Tensor, layer: Any, gemm: Gemm, group: OtpGroup) -> torch.Tensor:
-    """One sharded o_proj with a gathered weight: x [T_i, K] -> [T_i, hidden]; same dtype.
-
-    gemm: the local GEMM on the tensors that the layer has at that moment.
-    """
+def run(x: torch.Tensor, layer: Any) -> torch.Tensor:
+    """Run one sharded o_proj with a gathered weight: x [T_i, K] -> [T_i, hidden]; same dtype."""
+    group = layer.oproj.group
     shards = _gather(layer, group)
     chunks = x.view(x.shape[0], group.size, -1).unbind(1)
     own = group.layer_tp
@@ -118,7 +125,7 @@ def run(x: torch.Tensor, layer: Any, gemm: Gemm, group: OtpGroup) -> torch.Tenso
         group.layer_tp = member
         try:
             with _holding(layer, shard):
-                partial = gemm(chunk.contiguous())
+                partial = layer.oproj.gemm(chunk.contiguous())
         finally:
             group.layer_tp = own
         total = partial.to(torch.float32, copy=True) if total is None else total.add_(partial)
@@ -127,7 +134,7 @@ def run(x: torch.Tensor, layer: Any, gemm: Gemm, group: OtpGroup) -> torch.Tenso
 
 
 def pieces(layer: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a layer that belong to its shard, by attribute name: all but the bias."""
+    """Return the tensors that belong to a layer's shard, by attribute name: all but the bias."""
     held = {**layer._parameters, **layer._buffers, **vars(layer)}
     return {
         name: tensor.detach()
@@ -137,7 +144,7 @@ def pieces(layer: Any) -> dict[str, torch.Tensor]:
 
 
 def _gather(layer: Any, group: OtpGroup) -> list[dict[str, torch.Tensor]]:
-    """The `pieces` of every rank of the group, in group order."""
+    """Return the `pieces` of every rank of the group, in group order."""
     shards: list[dict[str, torch.Tensor]] = [{} for _ in range(group.size)]
     buffer = _buffer(layer, group)
     start = 0
@@ -150,7 +157,10 @@ def _gather(layer: Any, group: OtpGroup) -> list[dict[str, torch.Tensor]]:
         start += size * group.size
         mine = region[group.rank]
         mine[: flat.numel()].copy_(flat)
-        _all_gather(region.view(-1), mine, group=group.device_group)
+        try:
+            _all_gather(region.view(-1), mine, group=group.device_group)
+        except RuntimeError as error:
+            raise CollectiveError(str(error)) from error
         permuted = tensor.permute(order)
         back = [order.index(dim) for dim in range(len(order))]
         for rank, shard in enumerate(shards):
@@ -162,20 +172,20 @@ def _gather(layer: Any, group: OtpGroup) -> list[dict[str, torch.Tensor]]:
 
 
 def _buffer(layer: Any, group: OtpGroup) -> torch.Tensor:
-    """Memory for the shards of one layer; all layers use the same."""
+    """Return memory for the shards of one layer; all layers use the same."""
     size = buffer_bytes(layer, group)
-    kept = group.scratch.get("weight")
+    kept = group.buffers.get("weight")
     if kept is None or kept.numel() < size:
         device = next(iter(pieces(layer).values())).device
-        # Written to in and out of inference mode, so not an inference tensor.
+        # The model writes to it in and out of inference mode: no inference tensor.
         with torch.inference_mode(False):
-            kept = group.scratch["weight"] = torch.empty(size, dtype=torch.uint8, device=device)
+            kept = group.buffers["weight"] = torch.empty(size, dtype=torch.uint8, device=device)
     return kept
 
 
 @contextmanager
 def _holding(layer: Any, shard: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Within it `layer` has the tensors of `shard`."""
+    """Give `layer` the tensors of `shard` for a while."""
     tables = [layer._parameters, layer._buffers, vars(layer)]
     before = [(table, name, table[name]) for name in shard for table in tables if name in table]
     try:
@@ -188,7 +198,7 @@ def _holding(layer: Any, shard: dict[str, torch.Tensor]) -> Iterator[None]:
 
 
 def _ordered(tensor: torch.Tensor) -> tuple[list[int], torch.Tensor] | None:
-    """A tensor's dimensions from the slowest, and its bytes as they lie in memory; None: gaps."""
+    """Return a tensor's dimensions from the slowest, and its bytes in memory; None: gaps."""
     strides = tensor.stride()
     order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
     permuted = tensor.permute(order)

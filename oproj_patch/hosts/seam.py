@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from typing import Any
 
 from .. import releases
 from ..errors import OprojError
+from ..settings import TOGGLE
+
+_log = logging.getLogger("vllm.oproj_patch")
 
 
 @dataclass(frozen=True)
@@ -19,32 +23,27 @@ class Seam:
 
     module, path: where it is, e.g. `vllm.config` and `VllmConfig.compute_hash`.
     wrapper: called as wrapt calls it: (wrapped, instance, args, kwargs).
+    why: what we need it for, as the end of "oproj_patch needs it to ...".
     parameters: names the symbol's signature must have (drift check).
-    why, lower, unpatched, upstream, remove: the inventory row: why it is needed; why this
-        seam and not one lower; what happens without it; where it was read; when it can go.
-    optional: a release may lack the symbol.
-    since, until: first and last release of the host with the symbol; empty: no such end.
+    since, until: first and last release with the symbol, as tested; empty: no such end.
+    required: refuse a release without the symbol; else the symbol is wrapped where it exists.
     """
 
     module: str
     path: str
     wrapper: Callable[..., Any]
-    parameters: tuple[str, ...]
     why: str
-    lower: str
-    unpatched: str
-    upstream: str
-    remove: str
-    optional: bool = False
+    parameters: tuple[str, ...] = ()
     since: str = ""
     until: str = ""
+    required: bool = True
 
     @property
     def symbol(self) -> str:
         return f"{self.module}.{self.path}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Installed:
     """A wrapped symbol and what undoes it."""
 
@@ -53,19 +52,33 @@ class Installed:
     attribute: str
     original: Any
     inherited: bool
+    wrapper: Any = None
+    enabled: bool = True
 
-    def undo(self) -> None:
+    def is_on(self) -> bool:
+        return self.enabled
+
+    def undo(self) -> bool:
+        """Put the original back if the attribute is still ours; tell whether it was.
+
+        Another plugin may have wrapped it after us. Then our wrapper passes through, because
+        the attribute is theirs.
+        """
+        self.enabled = False
+        if vars(self.parent).get(self.attribute) is not self.wrapper:
+            return False
         if self.inherited:
             delattr(self.parent, self.attribute)
         else:
             setattr(self.parent, self.attribute, self.original)
+        return True
 
 
 def resolve(seam: Seam, host: str) -> tuple[Any, str, Any] | None:
-    """(parent, attribute name, original) of a seam; None for an optional one that is absent.
+    """Return (parent, attribute name, original) of a seam; None when it is absent, not required.
 
     host: name and version for the message. Raises OprojError when the symbol is missing or
-    its signature lacks a parameter the wrapper relies on.
+    its signature lacks a parameter that the wrapper relies on.
     """
     import wrapt
 
@@ -73,13 +86,23 @@ def resolve(seam: Seam, host: str) -> tuple[Any, str, Any] | None:
         module = importlib.import_module(seam.module)
         parent, attribute, original = wrapt.resolve_path(module, seam.path)
     except (ModuleNotFoundError, AttributeError) as error:
-        if seam.optional and _is_absent(error, seam):
+        if not seam.required and _is_absent(error, seam):
             return None
         raise _drift(seam, host, f"cannot be found ({type(error).__name__}: {error})") from error
-    found = inspect.signature(inspect.unwrap(getattr(parent, attribute))).parameters
+    function = inspect.unwrap(getattr(parent, attribute))
+    found = inspect.signature(function).parameters
     lacking = [name for name in seam.parameters if name not in found]
     if lacking:
-        raise _drift(seam, host, f"has no parameter {', '.join(lacking)}, only {', '.join(found)}")
+        owner = str(getattr(function, "__module__", ""))
+        what = f"has no parameter {', '.join(lacking)}, only {', '.join(found)}"
+        if owner.partition(".")[0] != seam.module.partition(".")[0]:
+            raise OprojError(
+                "OPROJ008",
+                f"{seam.symbol} of {host} was replaced by {owner}.{function.__qualname__}, which "
+                f"{what}; accepted is a wrapper with functools.wraps, which keeps the signature: "
+                f"correct or remove that plugin, or unset {TOGGLE}.",
+            )
+        raise _drift(seam, host, what)
     return parent, attribute, original
 
 
@@ -92,8 +115,10 @@ def install(seams: Sequence[Seam], host: str) -> list[Installed]:
     try:
         for seam, (parent, attribute, original) in targets:
             inherited = inspect.isclass(parent) and attribute not in vars(parent)
-            wrapt.apply_patch(parent, attribute, wrapt.FunctionWrapper(original, seam.wrapper))
-            done.append(Installed(seam, parent, attribute, original, inherited))
+            entry = Installed(seam, parent, attribute, original, inherited)
+            entry.wrapper = wrapt.FunctionWrapper(original, seam.wrapper, enabled=entry.is_on)
+            wrapt.apply_patch(parent, attribute, entry.wrapper)
+            done.append(entry)
     except BaseException:
         undo(done)
         raise
@@ -101,13 +126,18 @@ def install(seams: Sequence[Seam], host: str) -> list[Installed]:
 
 
 def undo(installed: Sequence[Installed]) -> None:
-    """Put the originals back, last first."""
-    for entry in reversed(installed):
-        entry.undo()
+    """Put the originals back, last first; say so where another plugin's wrapper stays."""
+    left = [entry.seam.symbol for entry in reversed(installed) if not entry.undo()]
+    if left:
+        _log.warning(
+            "%s: another wrapper was put on after oproj_patch's, so oproj_patch's stays there "
+            "and passes through.",
+            ", ".join(left),
+        )
 
 
 def source(module: str, path: str) -> str:
-    """The file in which `path` of `module` is, or was: the nearest there is."""
+    """Return the file in which `path` of `module` is, or was: the nearest there is."""
     while module not in sys.modules and "." in module:
         module, path = module.rpartition(".")[0], ""
     owner = vars(sys.modules[module]).get(path.partition(".")[0]) if module in sys.modules else None
@@ -121,7 +151,7 @@ def source(module: str, path: str) -> str:
 
 
 def _is_absent(error: Exception, seam: Seam) -> bool:
-    """Whether the symbol itself is absent, and not something its module failed to import."""
+    """Tell whether the symbol itself is absent, and not something its module failed to import."""
     if isinstance(error, ModuleNotFoundError):
         return bool(error.name) and f"{seam.module}.".startswith(f"{error.name}.")
     return True
@@ -130,9 +160,8 @@ def _is_absent(error: Exception, seam: Seam) -> bool:
 def _drift(seam: Seam, host: str, what: str) -> OprojError:
     return OprojError(
         "OPROJ008",
-        f"{seam.symbol} of {host} {what}; oproj_patch needs it to "
-        f"{seam.why[0].lower()}{seam.why[1:].rstrip('.')}: see {source(seam.module, seam.path)}, "
-        f"install a supported release (vllm {releases.VLLM_RELEASES[0]} to "
-        f"{releases.VLLM_RELEASES[-1]}, vllm-ascend {', '.join(releases.ASCEND_RELEASES)}), or "
-        "unset OPROJ_TENSOR_PARALLEL_SIZE.",
+        f"{seam.symbol} of {host} {what}; oproj_patch needs it to {seam.why}: see "
+        f"{source(seam.module, seam.path)}, install a supported release (vllm "
+        f"{releases.VLLM_RELEASES[0]} to {releases.VLLM_RELEASES[-1]}, vllm-ascend "
+        f"{', '.join(releases.ASCEND_RELEASES)}), or unset {TOGGLE}.",
     )

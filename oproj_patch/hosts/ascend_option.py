@@ -1,0 +1,126 @@
+"""vllm-ascend's own o_proj option, and who acts on it.
+
+The option lives in vLLM's `additional_config`, which vllm-ascend reads in the constructor of
+its `AscendConfig`, in the parent and in every worker. With the toggle `auto` we serve the
+option: it is out of sight while that constructor runs, and stays where it is otherwise. With a
+number, we refuse the option. Our own key is out of sight then as well, because a release may
+refuse a key that it does not know.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import OprojError
+from ..settings import CONFIG_KEY, TOGGLE, Settings
+from .seam import Installed, Seam, install, undo
+
+CONFIG = "vllm_ascend.ascend_config"
+KEY = "oproj_tensor_parallel_size"
+NESTED = "finegrained_tp_config"
+
+
+def configured(additional_config: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield (dictionary that holds the option, its full name) for each place where it is set."""
+    if not isinstance(additional_config, dict):
+        return
+    for holder, name in (
+        (additional_config, KEY),
+        (additional_config.get(NESTED), f"{NESTED}.{KEY}"),
+    ):
+        if isinstance(holder, dict) and holder.get(KEY):
+            yield holder, name
+
+
+def size_in(additional_config: Any) -> int:
+    """Return the size that vllm-ascend's option names; 0 when it is not set.
+
+    Raises OprojError when it is not an integer of 2 or more, or its two places differ.
+    """
+    found = {name: holder[KEY] for holder, name in configured(additional_config)}
+    for name, value in found.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 2:
+            raise OprojError(
+                "OPROJ017",
+                f"{TOGGLE} is auto, but {name} in --additional-config is {value!r}; accepted is "
+                "an integer of 2 or more, at the top level or under finegrained_tp_config: "
+                f"correct it, or set {TOGGLE} to a number.",
+            )
+    if len(set(found.values())) > 1:
+        told = " and ".join(f"{name} is {value}" for name, value in found.items())
+        raise OprojError(
+            "OPROJ017",
+            f"{TOGGLE} is auto, but in --additional-config {told}; accepted is one size: remove "
+            "one of the two.",
+        )
+    return next(iter(found.values()), 0)
+
+
+def seam(settings: Settings) -> Seam:
+    """Return the one seam of vllm-ascend that is installed as soon as its module is imported."""
+
+    def constructed(wrapped: Any, _: Any, args: Any, kwargs: Any) -> None:
+        vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+        with _out_of_sight(vllm_config.additional_config, settings):
+            wrapped(*args, **kwargs)
+
+    return Seam(
+        CONFIG,
+        "AscendConfig.__init__",
+        constructed,
+        "serve vllm-ascend's own o_proj option, or refuse it beside a number",
+        parameters=("vllm_config",),
+    )
+
+
+def watch(settings: Settings, host: Callable[[], str]) -> Callable[[], None]:
+    """Wrap `AscendConfig.__init__`, now or on import; return the undo.
+
+    host: tells name and version, for the sentence of an error. The wrapping raises OprojError
+    when the constructor is not as expected.
+    """
+    patched: list[Installed] = []
+    watching = [True]
+
+    def patch(_: Any) -> None:
+        if watching:
+            patched.extend(install([seam(settings)], host()))
+
+    if CONFIG in sys.modules:
+        patch(None)
+    else:
+        import wrapt
+
+        wrapt.register_post_import_hook(patch, CONFIG)
+
+    def stop() -> None:
+        watching.clear()
+        undo(patched)
+        patched.clear()
+
+    return stop
+
+
+@contextmanager
+def _out_of_sight(additional_config: Any, settings: Settings) -> Iterator[None]:
+    """Take the option and our key out of the same dictionaries, which the host may change."""
+    taken: list[tuple[dict[str, Any], str, Any]] = []
+    for holder, name in configured(additional_config):
+        if not settings.auto:
+            raise OprojError(
+                "OPROJ016",
+                f"{TOGGLE} is {settings.size} and additional_config.{name} is {holder[KEY]!r}: "
+                f"one o_proj cannot be sharded twice; set {TOGGLE}=auto to serve the option, or "
+                "remove one of the two.",
+            )
+        taken.append((holder, KEY, holder.pop(KEY)))
+    if isinstance(additional_config, dict) and CONFIG_KEY in additional_config:
+        taken.append((additional_config, CONFIG_KEY, additional_config.pop(CONFIG_KEY)))
+    try:
+        yield
+    finally:
+        for holder, key, value in taken:
+            holder[key] = value

@@ -1,0 +1,60 @@
+"""What the processes that vLLM starts need from the environment: `VLLM_PLUGINS`, Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+
+from ..settings import VARIABLES
+
+PLUGIN = "oproj_patch"
+RAY_EXTRA = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+
+
+def add_to_vllm_plugins(environ: MutableMapping[str, str]) -> Callable[[], None]:
+    """Add us to `VLLM_PLUGINS`, which filters plugins by name, if it is set; return the undo."""
+    before = environ.get("VLLM_PLUGINS")
+    # Empty means "no plugin at all", which is a filter too.
+    if before is None or PLUGIN in before.split(","):
+        return lambda: None
+    environ["VLLM_PLUGINS"] = ",".join([*filter(None, before.split(",")), PLUGIN])
+
+    def undo() -> None:
+        environ["VLLM_PLUGINS"] = before
+
+    return undo
+
+
+def add_to_ray(environ: MutableMapping[str, str]) -> Callable[[], None]:
+    """Make vLLM copy our variables to Ray workers; return what takes exactly that back.
+
+    vLLM copies what its platform names in `additional_env_vars` (0.9.1 to 0.18) or
+    what `VLLM_RAY_EXTRA_ENV_VARS_TO_COPY` names (since 0.17; older ones do not know it).
+    """
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    before = environ.get(RAY_EXTRA)
+    present = before.split(",") if before else []
+    ours: list[str] = []
+    if RAY_EXTRA in envs.environment_variables:
+        ours = [name for name in VARIABLES if name not in present]
+        environ[RAY_EXTRA] = ",".join(present + ours)
+    names = getattr(current_platform, "additional_env_vars", None)
+    if not isinstance(names, list):
+        names = []
+    added = [name for name in VARIABLES if name not in names]
+    names.extend(added)
+
+    def undo() -> None:
+        # By name, because others may have added theirs since.
+        for name in set(added).intersection(names):
+            names.remove(name)
+        if not ours:
+            return
+        left = [name for name in environ.get(RAY_EXTRA, "").split(",") if name not in ours]
+        if any(left) or before is not None:
+            environ[RAY_EXTRA] = ",".join(left)
+        else:
+            environ.pop(RAY_EXTRA, None)
+
+    return undo

@@ -1,0 +1,242 @@
+"""vLLM: its seams, the same in every supported release, and what it tells of a pass.
+
+Nothing that torch.compile traces is wrapped, because Dynamo follows a wrapt wrapper into the
+original and drops it silently. What is traced is the sharded class of `sharding.layer`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .._version import __version__
+from ..errors import OprojError
+from ..settings import TOGGLE, Settings
+from ..sharding import layer as sharded
+from ..sharding import metrics, otp_group
+from ..sharding.otp_group import Counts, OtpGroup
+from . import refusals
+from .host import Host
+from .refusals import Facts
+from .seam import Seam
+
+LINEAR = "vllm.model_executor.layers.linear"
+DEEPSEEK = "vllm.model_executor.models.deepseek_v2"
+LOADERS = "vllm.model_executor.model_loader"
+RUNNER = "vllm.v1.worker.gpu_model_runner"
+
+
+class Vllm(Host):
+    """Upstream vLLM."""
+
+    name = "vllm"
+    _metadata: Any = None
+    _counts: Counts | None = None
+
+    def seams(self) -> tuple[Seam, ...]:
+        constructed = linear_constructed(self)
+        attention = "check that DeepSeek's attention got a sharded o_proj"
+
+        def model_built(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+            config = inspect.signature(wrapped).bind(*args, **kwargs).arguments["vllm_config"]
+            group = otp_group.require("the model")
+            before = set(group.layers)
+            model = wrapped(*args, **kwargs)
+            built = [name for name in group.layers if name not in before]
+            attentions = config.compilation_config.static_forward_context
+            sharded.check_model(model, group, built, attentions)
+            group.main_layers = group.main_layers or len(group.layers)
+            group.complete = not self.shards_drafter(config)
+            return model
+
+        def config_hashed(wrapped: Any, _: Any, args: Any, kwargs: Any) -> str:
+            # What is compiled, and the memory that was measured, depend on every setting.
+            digest: str = wrapped(*args, **kwargs)
+            salted = f"{digest}/oproj_patch/{__version__}/{self.settings.shared()}"
+            return hashlib.sha256(salted.encode()).hexdigest()[: len(digest)]
+
+        return (
+            Seam(
+                LINEAR,
+                "RowParallelLinear.__init__",
+                constructed,
+                "make an o_proj a sharded layer before its weights exist",
+                ("input_size", "output_size", "quant_config", "prefix"),
+            ),
+            Seam(
+                DEEPSEEK, "DeepseekV2MLAAttention.__init__", attention_built, attention,
+                ("prefix",),
+            ),
+            Seam(
+                DEEPSEEK, "DeepseekV2Attention.__init__", attention_built, attention, ("prefix",)
+            ),
+            Seam(
+                f"{LOADERS}.base_loader",
+                "initialize_model",
+                model_built,
+                "refuse a model in which no o_proj was sharded; only this function is called by "
+                "every loader before loading",
+                ("vllm_config",),
+            ),
+            Seam(
+                "vllm.config",
+                "VllmConfig.compute_hash",
+                config_hashed,
+                "give compiled graphs and memory plans of each setting their own cache key",
+                ("self",),
+            ),
+            *(
+                Seam(
+                    f"{LOADERS}.{module}",
+                    f"{loader}.save_model",
+                    refuse_to_save,
+                    "refuse files that are named by tensor-parallel rank only",
+                    ("model",),
+                    required=False,
+                )
+                for module, loader in (
+                    ("sharded_state_loader", "ShardedStateLoader"),
+                    ("tensorizer_loader", "TensorizerLoader"),
+                )
+            ),
+        )  # fmt: skip
+
+    def check(self, config: Any, settings: Settings) -> None:
+        facts = Facts(config)
+        refusals.check(facts, settings, "vllm", self.versions["vllm"], self.graph_rows(config))
+
+    def graph_rows(self, config: Any) -> int:
+        # Read from 0.9.1 to 0.32.0. vLLM only lowers these sizes later.
+        compilation = refusals.of(config, "compilation_config")
+        if refusals.of(config, "model_config", "enforce_eager"):
+            return 0
+        if refusals.graph_mode(config) == "NONE":
+            return 0
+        sizes = [
+            *(getattr(compilation, "cudagraph_capture_sizes", None) or ()),
+            getattr(compilation, "max_cudagraph_capture_size", 0) or 0,  # since 0.11.2
+            getattr(compilation, "max_capture_size", 0) or 0,  # up to 0.11.0
+        ]
+        return max(map(int, sizes))
+
+    def agreed(self, config: Any) -> dict[str, str]:
+        sizes = refusals.of(config, "compilation_config", "cudagraph_capture_sizes") or ()
+        drafted = refusals.of(config, "speculative_config", "num_speculative_tokens")
+        eager = bool(refusals.of(config, "model_config", "enforce_eager"))
+        return {
+            "enforce_eager": str(eager),
+            "cudagraph_mode": refusals.graph_mode(config),
+            "cudagraph_capture_sizes": str(sorted(sizes)) if self.graph_rows(config) else "",
+            "num_speculative_tokens": str(drafted or 0),
+        }
+
+    def announced(self, group: OtpGroup) -> Counts | None:
+        """Return the synchronized counts of `ForwardContext.dp_metadata`.
+
+        Read from 0.9.1 to 0.32.0: `num_tokens_across_dp_cpu` from 0.11.0 on, before it only
+        their running sum. All layers of a pass read one object.
+        """
+        from vllm import forward_context
+
+        metadata = getattr(forward_context._forward_context, "dp_metadata", None)
+        if metadata is not None and metadata is self._metadata:
+            return self._counts
+        counts = getattr(metadata, "num_tokens_across_dp_cpu", None)
+        if counts is None:
+            total = getattr(metadata, "cu_tokens_across_dp_cpu", None)
+            if total is None:
+                return None
+            counts = torch.diff(total, prepend=total.new_zeros(1))
+        mine = counts[group.dp_start : group.dp_start + group.size]
+        self._counts = tuple(int(count) for count in mine.tolist())
+        self._metadata = metadata
+        return self._counts
+
+    def shards_drafter(self, config: Any) -> bool:
+        """Tell whether a drafter runs equally often on every rank, with announced counts.
+
+        True where vLLM runs the drafter also for a rank whose input exceeds its limit, which it
+        does from 0.25 on; before, such a rank skips it, and up to 0.11 an idle rank runs it once,
+        the others once per speculative token. The counts of a `draft_model` are the target's
+        (0.32.0, second runner).
+        """
+        if refusals.of(config, "speculative_config", "method") == "draft_model":
+            return False
+        try:
+            from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+        except Exception:  # a build without what the runner needs
+            return False
+        return any(
+            "dummy_run" in function.__code__.co_names
+            for name, function in vars(GPUModelRunner).items()
+            if isinstance(function, types.FunctionType) and name != "_dummy_run"
+        )
+
+    def label_type(self) -> type:
+        """Return vLLM's opaque type for layer names, where torch and the release have it (0.20)."""
+        try:
+            from vllm.utils import torch_utils
+        except ImportError:
+            return str
+        label: type = torch_utils.LayerName if vars(torch_utils).get("_USE_LAYERNAME") else str
+        return label
+
+    def before_first_step(self, group: OtpGroup) -> None:
+        from vllm.logger import init_logger
+
+        otp_group.check_layers(group)
+        init_logger("vllm.oproj_patch").info(sharded.summary(group))
+        metrics.publish(group)
+
+
+def linear_constructed(host: Host) -> Callable[..., None]:
+    """Return the wrapper of a linear layer's constructor: an o_proj becomes a sharded layer."""
+
+    def constructed(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
+        prefix = inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("prefix", "")
+        if isinstance(instance, sharded.ShardedMixin) or not sharded.is_o_proj(prefix):
+            wrapped(*args, **kwargs)
+            return
+        from vllm.distributed import parallel_state
+
+        group = otp_group.require(prefix)
+        if left_whole(group):
+            wrapped(*args, **kwargs)
+            return
+        sharded.construct(wrapped, instance, args, kwargs, group, parallel_state, host)
+
+    return constructed
+
+
+def attention_built(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
+    """Wrap an attention module's constructor: its o_proj must be a sharded layer."""
+    wrapped(*args, **kwargs)
+    prefix = inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("prefix", "")
+    if not left_whole(otp_group.require(prefix)):
+        sharded.require_sharded(instance, prefix)
+
+
+def left_whole(group: OtpGroup) -> bool:
+    """Tell whether what is built now keeps its o_proj: alike on all ranks.
+
+    So does a drafter that ranks do not run in step, and a drafter that vLLM builds in a
+    tensor-parallel group of its own, because our groups follow the model's.
+    """
+    from vllm.distributed import parallel_state
+
+    return group.complete or list(parallel_state.get_tp_group().ranks) != group.tp_ranks
+
+
+def refuse_to_save(wrapped: Any, _: Any, args: Any, kwargs: Any) -> None:
+    """Wrap a saver whose files are named by tensor-parallel rank only."""
+    raise OprojError(
+        "OPROJ015",
+        f"{TOGGLE} is set, and {wrapped.__qualname__} was called: it names its files by "
+        "tensor-parallel rank only, so data-parallel ranks with different shards of o_proj would "
+        "overwrite each other's; save with the variable unset.",
+    )

@@ -1,0 +1,255 @@
+"""vllm-ascend: its seams, on top of those in vLLM, and what it tells of a pass.
+
+Three things differ from upstream vLLM. vllm-ascend has o_proj classes of its own, whose
+constructors never call vLLM's. Its attention *implementation* calls o_proj, and returns early
+when there is no attention metadata, so the dummy batch of an idle rank would leave the other
+ranks waiting. And its data-parallel metadata may differ from rank to rank, so the ranks agree on
+their rows themselves, once a forward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+
+from .. import releases
+from ..errors import OprojError
+from ..settings import TOGGLE, Settings
+from ..sharding import layer as sharded
+from ..sharding.otp_group import Counts, OtpGroup
+from . import refusals
+from .host import Host
+from .refusals import Facts
+from .seam import Seam
+from .vllm import Vllm, attention_built, linear_constructed
+
+TORCHAIR = "vllm_ascend.torchair"
+SPARSE = "vllm_ascend.models.deepseek_v3_2"
+
+# Operators that vllm-ascend may put in place of a row-parallel forward and that change nothing
+# without tensor parallelism: they reduce over the tensor-parallel group only.
+_PLAIN_WITHOUT_TP = ("SequenceRowParallelOp", "MatmulAllreduceRowParallelOp")
+# Classes that scatter their result over the tensor-parallel ranks.
+_SCATTERING = ("RowParallelScatterLinear", "TorchairDeepseekV2RowParallelLinearReplaceAllreduce")
+
+# (module below vllm_ascend, symbol, first release, last release; empty: no end)
+LINEARS = (
+    ("models.deepseek_v2", "RowParallelScatterLinear", "0.9.1", "0.9.1"),
+    ("ops.linear", "AscendRowParallelLinear", "0.11.0", ""),
+    ("models.deepseek_v3_2", "CustomDeepseekV2RowParallelLinear", "0.11.0", "0.11.0"),
+    (
+        "torchair.models.torchair_deepseek_v2", "TorchairDeepseekV2RowParallelLinear", "0.11.0",
+        "0.11.0",
+    ),
+    (
+        "torchair.models.torchair_deepseek_v2",
+        "TorchairDeepseekV2RowParallelLinearReplaceAllreduce", "0.11.0", "0.11.0",
+    ),
+)  # fmt: skip
+ATTENTIONS = (
+    ("models.deepseek_v2", "CustomDeepseekV2MLAAttention", "0.9.1", "0.9.1"),
+    ("models.deepseek_v3_2", "CustomDeepseekV2SFAAttention", "0.11.0", "0.11.0"),
+    ("torchair.models.torchair_deepseek_v2", "TorchairDeepseekV2MLAAttention", "0.11.0", "0.11.0"),
+    ("torchair.models.torchair_deepseek_v2", "TorchairDeepseekV2SFAAttention", "0.11.0", "0.11.0"),
+)
+IMPLEMENTATIONS = (
+    ("attention.mla_v1", "AscendMLAImpl", "0.9.1", ""),
+    ("attention.sfa_v1", "AscendSFAImpl", "0.11.0", ""),
+    ("torchair.torchair_mla", "AscendMLATorchairImpl", "0.11.0", "0.11.0"),
+    ("torchair.torchair_sfa", "AscendSFATorchairImpl", "0.11.0", "0.11.0"),
+)
+SKIPS = (
+    (
+        "worker.model_runner_v1", "NPUModelRunner._skip_all_reduce_across_dp_group", "0.13.0",
+        "0.13.0",
+    ),
+    ("worker.model_runner_v1", "should_skip_allreduce_across_dp_group", "0.18.0", ""),
+    ("ops.fused_moe.token_dispatcher", "should_skip_allreduce_across_dp_group", "0.18.0", ""),
+)  # fmt: skip
+
+
+class VllmAscend(Vllm):
+    """vllm-ascend on top of vLLM."""
+
+    name = "vllm-ascend"
+    _npu: Any = None
+
+    @property
+    def version(self) -> str:
+        return self.versions[self.name]
+
+    def seams(self) -> tuple[Seam, ...]:
+        tested = releases.untested(self.versions["vllm"], self.version) == ""
+        own = []
+        for entry in registry(self):
+            applies = releases.applies(self.version, entry.since, entry.until)
+            if entry.module.startswith(TORCHAIR) and refusals.torchair(_ascend_config()) is None:
+                continue  # vllm-ascend imports these modules, and torchair, only in that mode
+            # Importing this module replaces DeepSeek's decoder constructor by V3.2's.
+            if entry.module == SPARSE and not _builds_sparse():
+                continue
+            if applies:
+                own.append(entry)
+            elif not tested:
+                # The user said not to trust the number: what is there is wrapped.
+                own.append(replace(entry, required=False))
+        return (*super().seams(), *own)
+
+    def check(self, config: Any, settings: Settings) -> None:
+        facts = Facts(config, _ascend_config())
+        refusals.check(facts, settings, self.name, self.version, self.graph_rows(config))
+
+    def capturing(self) -> bool:
+        if self._npu is None:
+            npu = getattr(torch, "npu", None)
+            self._npu = npu if npu is not None and npu.is_available() else False
+        return bool(self._npu and self._npu.is_current_stream_capturing())
+
+    def announced(self, group: OtpGroup) -> Counts | None:
+        # Where vllm-ascend pads some ranks only, its metadata differs from rank to rank.
+        return None
+
+    def shards_drafter(self, config: Any) -> bool:
+        """Tell whether a drafter's graphs and passes are alike on all ranks.
+
+        Read from 0.9.1 to 0.23.0. From 0.18 on a drafter takes its mode from the target's agreed
+        one, as long as it has the target's rows. In 0.13.0 it chooses a graph by its own rows; in
+        0.11.0 an idle rank runs an EAGLE drafter once, a working one once per token.
+        """
+        drafter = getattr(config, "speculative_config", None)
+        method = str(getattr(drafter, "method", "") or "")
+        graphs = refusals.graph_mode(config) not in ("", "NONE")
+        if refusals.torchair(_ascend_config()) is not None:
+            graphs = False
+        from vllm_ascend.worker import model_runner_v1
+
+        if hasattr(model_runner_v1, "should_skip_allreduce_across_dp_group"):
+            padded = not getattr(drafter, "disable_padded_drafter_batch", False)
+            return not graphs or (padded and ("mtp" in method or "eagle" in method))
+        if hasattr(model_runner_v1.NPUModelRunner, "_skip_all_reduce_across_dp_group"):
+            return not graphs or ("mtp" in method and refusals.graph_mode(config) == "PIECEWISE")
+        return "eagle" not in method or getattr(drafter, "num_speculative_tokens", 1) == 1
+
+    def traceable(self) -> bool:
+        return refusals.torchair(_ascend_config()) is not None
+
+
+def registry(host: Host) -> tuple[Seam, ...]:
+    """Return all seams in vllm-ascend, of every release."""
+    construct = linear_constructed(host)
+
+    def constructed(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
+        nested = isinstance(instance, sharded.ShardedMixin)
+        construct(wrapped, instance, args, kwargs)
+        if not nested and isinstance(instance, sharded.ShardedMixin):
+            _check_layer(instance)
+
+    kinds: tuple[tuple[Any, str, Callable[..., Any], str, tuple[str, ...]], ...] = (
+        (
+            LINEARS, ".__init__", constructed,
+            "make an o_proj of this class a sharded layer before its weights exist", (),
+        ),
+        (
+            ATTENTIONS, ".__init__", attention_built,
+            "check that this attention got a sharded o_proj", ("prefix",),
+        ),
+        (
+            IMPLEMENTATIONS, ".forward", attention_ran,
+            "let a rank without attention metadata (idle rank, profile run) take part in the step",
+            ("attn_metadata", "output"),
+        ),
+        (
+            SKIPS, "", never,
+            "keep vllm-ascend's synchronization of rows and graph mode across ranks", (),
+        ),
+    )  # fmt: skip
+    return tuple(
+        Seam(f"vllm_ascend.{module}", f"{name}{method}", wrapper, why, parameters, since, until)
+        for symbols, method, wrapper, why, parameters in kinds
+        for module, name, since, until in symbols
+    )
+
+
+def attention_ran(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Wrap an attention implementation's forward: it always runs its o_proj."""
+    result = wrapped(*args, **kwargs)
+    if _argument(wrapped, "attn_metadata", args, kwargs) is not None:
+        return result
+    layer: Any = getattr(instance, "o_proj", None)
+    if isinstance(layer, sharded.ShardedMixin):
+        layer = cast(Any, layer)
+        output = _argument(wrapped, "output", args, kwargs)
+        columns = layer.input_size // layer.oproj.group.tp_size
+        layer(output.new_zeros((output.shape[0], columns)))
+        # 0.9.1 returns what happened to be in memory; an idle rank's numbers go nowhere, but
+        # NaNs among them would spread through the experts' all-to-all.
+        output.zero_()
+    return result
+
+
+def _argument(wrapped: Any, name: str, args: Any, kwargs: Any) -> Any:
+    if name in kwargs:
+        return kwargs[name]
+    return args[_names(wrapped.__func__).index(name) - 1]
+
+
+@functools.cache
+def _names(function: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
+def never(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> bool:
+    """Wrap a question whose answer must be no."""
+    return False
+
+
+def _check_layer(layer: Any) -> None:
+    """Refuse what vllm-ascend chose for a sharded layer and would not survive sharding."""
+    group = layer.oproj.group
+    operator = getattr(layer, "custom_op", None)
+    if operator is not None:
+        name = type(operator).__name__
+        if group.tp_size > 1 or name not in _PLAIN_WITHOUT_TP:
+            raise OprojError(
+                "OPROJ015",
+                f"{TOGGLE} is set, but vllm-ascend runs {layer.oproj.name} through its own "
+                f"{name} (tensor-parallel size {group.tp_size}): disable the option that asks "
+                "for it (flashcomm, matmul_allreduce, layer_sharding), or unset the variable.",
+            )
+        layer.custom_op = None
+    if group.tp_size > 1 and any(c.__name__ in _SCATTERING for c in type(layer).__mro__):
+        raise OprojError(
+            "OPROJ015",
+            f"{TOGGLE} is set, but {layer.oproj.name} is a {type(layer).__name__}, which "
+            f"scatters its result over {group.tp_size} tensor-parallel ranks: disable "
+            "enable_prefill_optimizations, enable_shared_expert_dp and "
+            "multistream_overlap_shared_expert, or unset the variable.",
+        )
+    method = getattr(layer.quant_method, "quant_method", layer.quant_method)
+    if "flatquant" in type(method).__name__.lower():
+        raise OprojError(
+            "OPROJ015",
+            f"{TOGGLE} is set, but {layer.oproj.name} is quantized by {type(method).__name__}, "
+            "whose transforms span the whole input dimension: leave o_proj out of that "
+            "quantization, or unset the variable.",
+        )
+
+
+def _ascend_config() -> Any:
+    from vllm_ascend import ascend_config
+
+    # The worker has initialized it by the time vLLM creates its groups.
+    return ascend_config._ASCEND_CONFIG
+
+
+def _builds_sparse() -> bool:
+    """Tell whether vllm-ascend builds the model from its own module for V3.2 (no torchair)."""
+    from vllm.config import get_current_vllm_config
+
+    names = refusals.of(get_current_vllm_config(), "model_config", "hf_config", "architectures")
+    return refusals.torchair(_ascend_config()) is None and "DeepseekV32ForCausalLM" in (names or ())

@@ -1,1 +1,0 @@
-"""Where the package meets its hosts: one module per host, one registry, one applier."""

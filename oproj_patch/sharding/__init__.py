@@ -1,0 +1,1 @@
+"""The algorithm. It imports torch and names neither vLLM nor vllm-ascend."""

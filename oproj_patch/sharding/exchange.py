@@ -1,0 +1,272 @@
+"""One step of one layer: decide, dispatch, GEMM, combine.
+
+On a group of N ranks with `T_i` rows on rank i and `K` input columns on each rank (all heads of
+this tensor-parallel rank):
+
+    x_i [T_i, K] --dispatch--> [sum(T), K/N] --GEMM--> [sum(T), hidden] --combine--> [T_i, hidden]
+
+Dispatch and combine are one all-to-all each, on every backend. The owner of a row adds up its N
+partial results: that sends what a reduce-scatter sends, in one hop, rounds once, and takes
+unequal rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from . import diagnosis, rows, weight_gather
+from .otp_group import CollectiveError, Counts, OtpGroup
+
+BUFFER_BYTES = 64 << 20
+"""Of each of the three shared buffers; a step with more rows is cut into parts."""
+MOST_VIEWS = 1024
+"""Views of the buffers that are kept; a model that is served sees many row counts."""
+
+
+class Plan(NamedTuple):
+    """What is settled about a layer before its first step; equal on all ranks of the group.
+
+    size: N; columns: K; hidden: outputs; element_bytes: of an activation.
+    graph_rows: row count up to which a device graph may be captured (0: no graphs).
+    gather_from: rows on every rank from which the weight is gathered; 0: never.
+    buffer_bytes: of one shared buffer.
+    """
+
+    size: int
+    columns: int
+    hidden: int
+    element_bytes: int
+    graph_rows: int
+    gather_from: int
+    buffer_bytes: int
+
+
+class Pattern(NamedTuple):
+    """How a step communicates: by gathering the weight, or in `parts` dispatches and combines."""
+
+    gather: bool
+    parts: int
+
+
+def decide(counts: Counts, plan: Plan) -> Pattern:
+    """Decide how a step communicates, from facts that are equal on all ranks of the group.
+
+    Nothing that one rank knows alone (capturing, replaying, eager, idle, profiling) may enter: a
+    replaying rank runs no Python, so it cannot follow another decision. Up to `graph_rows` there
+    is one pattern: one all-to-all out, one back.
+    """
+    if max(counts) <= plan.graph_rows:
+        return Pattern(False, 1)
+    if weight_gather.wins(plan.gather_from, counts):
+        return Pattern(True, 0)
+    elements = plan.size * max(counts) * max(plan.columns // plan.size, plan.hidden)
+    return Pattern(False, max(1, -(-elements * plan.element_bytes // plan.buffer_bytes)))
+
+
+def settle(layer: Any, group: OtpGroup, gather_from: int) -> Plan:
+    """Return the plan of `layer`: its sizes, its thresholds and the size of the shared buffers."""
+    columns = layer.input_size_per_partition * group.size
+    element_bytes = layer.params_dtype.itemsize
+    largest = max(columns, group.size * layer.output_size)
+    graphs = group.graph_rows * largest * element_bytes
+    return Plan(
+        group.size, columns, layer.output_size, element_bytes, group.graph_rows, gather_from,
+        max(BUFFER_BYTES, graphs),
+    )  # fmt: skip
+
+
+def run(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """Run one step of a sharded o_proj: x [..., K] -> [..., hidden], same dtype.
+
+    layer: a sharded layer whose ranks have compared their layers; see `layer.Shard`.
+    Raises OprojError when row counts or, in debug mode, the ranks' places differ, and when a rank
+    does not take part within the group's timeout.
+    """
+    shard = layer.oproj
+    group, plan = shard.group, shard.plan
+    mine = x.reshape(-1, x.shape[-1])
+    step = group.steps
+    try:
+        if group.settings.debug:
+            diagnosis.compare_places(shard.name, mine.shape[0], group, shard.host)
+        counts = rows.across_group(mine.shape[0], group, shard.host, shard.name, shard.leads)
+        group.steps += 1
+        pattern = decide(counts, plan)
+        if pattern.gather and _gather_is_right(layer, mine, counts):
+            group.gathers += 1
+            output = weight_gather.run(mine, layer)
+        else:
+            output = exchange(layer, mine, counts, pattern.parts or _parts(counts, plan))
+    except CollectiveError as error:
+        raise diagnosis.failed(f"step {step} at {shard.name}", error, group) from error
+    return output.view(*x.shape[:-1], plan.hidden)
+
+
+def exchange(layer: Any, x: torch.Tensor, counts: Counts, parts: int = 1) -> torch.Tensor:
+    """Dispatch, multiply, combine: x [rows, K] -> [rows, hidden], in `parts` parts.
+
+    rows may be fewer than this rank's count: the rest travels as zeros.
+    """
+    group = layer.oproj.group
+    if parts == 1:
+        partial = layer.oproj.gemm(dispatch(x, counts, group), counts)
+        return combine(partial, counts, group)[: x.shape[0]]
+    output = x.new_empty((x.shape[0], layer.output_size))
+    for part in range(parts):
+        # Every rank cuts every rank's rows in the same places.
+        starts = [count * part // parts for count in counts]
+        ends = [count * (part + 1) // parts for count in counts]
+        some = tuple(end - start for start, end in zip(starts, ends, strict=True))
+        own = slice(starts[group.rank], ends[group.rank])
+        output[own] = exchange(layer, x[own], some)
+    return output
+
+
+def dispatch(x: torch.Tensor, counts: Counts, group: OtpGroup) -> torch.Tensor:
+    """Send x [rows, K] out: returns [sum(counts), K/N], rows ordered by owner, same dtype.
+
+    The result is valid until the group's next step.
+    """
+    n, mine, given = group.size, counts[group.rank], x.shape[0]
+    chunk = x.shape[1] // n
+    send = buffer("dispatch send", (n, mine, chunk), x, group)
+    send[:, :given].copy_(x.view(given, n, chunk).transpose(0, 1))
+    if given < mine:
+        send[:, given:].zero_()
+    received = buffer("dispatch receive", (sum(counts), chunk), x, group)
+    _all_to_all(received, send.view(n * mine, chunk), counts, (mine,) * n, group)
+    return received
+
+
+def combine(partial: torch.Tensor, counts: Counts, group: OtpGroup) -> torch.Tensor:
+    """Send partial [sum(counts), hidden] back: returns [T_i, hidden], summed over the group."""
+    n, mine, hidden = group.size, counts[group.rank], partial.shape[1]
+    received = buffer("combine receive", (n, mine, hidden), partial, group)
+    flat = received.view(n * mine, hidden)
+    _all_to_all(flat, partial.contiguous(), (mine,) * n, counts, group)
+    return add_up(received)
+
+
+def add_up(parts: torch.Tensor) -> torch.Tensor:
+    """Sum parts [N, rows, hidden] over N in one kernel that rounds once."""
+    if parts.shape[0] == 2:
+        return torch.add(parts[0], parts[1])
+    return parts.sum(0)  # torch accumulates 16-bit types in float32
+
+
+def buffer(role: str, shape: tuple[int, ...], like: torch.Tensor, group: OtpGroup) -> torch.Tensor:
+    """Return uninitialized memory of `like`'s dtype and device, shared by all layers.
+
+    Device graphs replay on the same addresses: `reserve` makes the memory large enough for every
+    captured size before the first capture, so that it never moves afterwards.
+    """
+    key = (role, shape, like.dtype)
+    found = group.views.get(key)
+    if found is not None:
+        return found
+    size = math.prod(shape)
+    memory = group.buffers.get((role, like.dtype))
+    # The model writes to it in and out of inference mode: no inference tensor.
+    with torch.inference_mode(False):
+        if memory is None or memory.numel() < size:
+            memory = torch.empty(size, dtype=like.dtype, device=like.device)
+            group.buffers[role, like.dtype] = memory
+            group.views.clear()
+        if len(group.views) >= MOST_VIEWS:
+            group.views.clear()
+        view = group.views[key] = memory[:size].view(shape)
+    return view
+
+
+def reserve(group: OtpGroup, like: torch.Tensor) -> None:
+    """Allocate the three buffers for the largest captured row count on every rank.
+
+    like: a tensor of the activations' dtype and device.
+    """
+    if not group.graph_rows:
+        return
+    n, graph_rows = group.size, group.graph_rows
+    for layer in group.layers.values():
+        plan = layer.oproj.plan
+        chunk = plan.columns // n
+        buffer("dispatch send", (n, graph_rows, chunk), like, group)
+        buffer("dispatch receive", (n * graph_rows, chunk), like, group)
+        buffer("combine receive", (n, graph_rows, plan.hidden), like, group)
+
+
+def run_traced(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """Do what `run` does for a graph compiler that has no use for our op: equal rows.
+
+    x [T, K] -> [T, hidden]; every rank of the group has T rows.
+    """
+    group = layer.oproj.group
+    n, hidden = group.size, layer.output_size
+    count, columns = x.shape
+    send = x.view(count, n, columns // n).transpose(0, 1).reshape(n * count, columns // n)
+    received = torch.empty_like(send)
+    dist.all_to_all_single(received, send, group=group.device_group)
+    partial = layer.oproj.gemm_traced(received)
+    back = torch.empty_like(partial)
+    dist.all_to_all_single(back, partial, group=group.device_group)
+    return back.view(n, count, hidden).sum(0, dtype=torch.float32).to(partial.dtype)
+
+
+def _parts(counts: Counts, plan: Plan) -> int:
+    """Return in how many parts to cut a step that will not gather after all."""
+    return decide(counts, plan._replace(gather_from=0)).parts
+
+
+def _all_to_all(
+    output: torch.Tensor,
+    input_: torch.Tensor,
+    output_rows: Counts,
+    input_rows: Counts,
+    group: OtpGroup,
+) -> None:
+    try:
+        if output_rows == input_rows and len(set(output_rows)) == 1:
+            # The form without splits is the one that a device graph can capture.
+            dist.all_to_all_single(output, input_, group=group.device_group)
+        else:
+            dist.all_to_all_single(
+                output, input_, list(output_rows), list(input_rows), group=group.device_group
+            )
+    except RuntimeError as error:
+        raise CollectiveError(str(error)) from error
+
+
+def _gather_is_right(layer: Any, x: torch.Tensor, counts: Counts) -> bool:
+    """Before the first gather of a layer: does it give what an exchange gives?
+
+    A quant method may keep what belongs to its shard where `weight_gather` does not look. Then
+    the layer is never gathered, on any rank.
+    """
+    shard = layer.oproj
+    group = shard.group
+    if shard.gather_verified:
+        return True
+    if not group.gathers:
+        # The profile run gathers, and a later step with unequal rows exchanges: vLLM must measure
+        # the memory of both.
+        exchange(layer, x, counts, _parts(counts, shard.plan))
+    columns = x.shape[1]
+    probe = torch.arange(8 * columns, device=x.device).sin().view(8, columns).to(x.dtype)
+    expected = exchange(layer, probe, (8,) * group.size).float()
+    error = (weight_gather.run(probe, layer).float() - expected).abs().max()
+    same = bool(error <= 0.02 * expected.abs().max())
+    if all(rows.gather((int(same),), group)[0]):
+        shard.gather_verified = True
+        return True
+    shard.plan = shard.plan._replace(gather_from=0)
+    logging.getLogger("vllm.oproj_patch").warning(
+        "%s: a gathered weight gives another result with %s; rows are exchanged for all row "
+        "counts instead.",
+        shard.name,
+        type(layer.quant_method).__name__,
+    )
+    return False

@@ -1,0 +1,429 @@
+"""The sharded layer: which o_proj it is, how it is constructed, loaded and applied.
+
+vLLM builds, loads, quantizes and applies the layer itself; while it does, it sees the layer's own
+tensor-parallel group (`otp_group.LayerScope`). Here is only what turns an instance into such a
+layer: a subclass made on the fly, so that layers that are not an o_proj are not touched at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .._version import __version__
+from ..errors import OprojError, OprojValueError
+from ..settings import TOGGLE
+from . import exchange, otp_group, topology, weight_gather
+from .otp_group import Counts, LayerScope, OtpGroup
+from .rows import HostPass
+
+# A decoder's self-attention output projection, by vLLM's naming of layers ("prefix"). Not matched:
+# `self_attn.dense`, `out_proj`. Linear attentions use these names too (Bailing 2.5,
+# MiniMax-Text-01); vLLM cuts their rows inside the layer, and nobody announces those counts.
+_O_PROJ = re.compile(
+    r"(^|\.)((self_attn|self_attention|attn|attention|mixer)(\.\d+)?\.o_proj"
+    r"|layers\.\d+\.o_proj|attention\.dense)$"
+)
+# An encoder runs only on the ranks that have an image or a sound to encode.
+_NOT_A_DECODER = re.compile(
+    r"vision|visual|image|audio|speech|encoder|tower|projector|resampler|expert|cross_attn"
+    r"|(^|\.)(vit|vpm|apm)(\.|$)"
+)
+_log = logging.getLogger("vllm.oproj_patch")  # only loggers below "vllm" have vLLM's handlers
+
+
+def is_o_proj(prefix: str) -> bool:
+    """Tell whether `prefix` names the o_proj of a decoder's self-attention."""
+    return bool(_O_PROJ.search(prefix)) and not _NOT_A_DECODER.search(prefix)
+
+
+@dataclass
+class Shard:
+    """What a sharded layer carries beside vLLM's own attributes.
+
+    name: key of the layer in its group, unique in this process.
+    label: the name, in the type in which the custom op takes it.
+    traceable: a graph compiler traces the layer as plain collectives, see `HostPass`.
+    kept, saved: bytes of the parameters on this rank, and what the unsharded layer had more.
+    description: what must be equal on all ranks.
+    leads: ranks that agree on row counts do it anew at this layer.
+    plan: see `exchange.Plan`; gather_verified: a gather was seen to give what an exchange gives.
+    mixes_rows: the quant method lets one row change another's result, so it sees the rows of one
+        owner at a time.
+    """
+
+    name: str
+    label: Any
+    traceable: bool
+    layer: Any
+    group: OtpGroup
+    host: HostPass
+    parallel_state: Any
+    plan: exchange.Plan
+    kept: int = 0
+    saved: int = 0
+    description: str = ""
+    leads: bool = False
+    gather_verified: bool = False
+    mixes_rows: bool = False
+
+    def gemm(self, x: torch.Tensor, counts: Counts = ()) -> torch.Tensor:
+        """Multiply x [sum(counts), K/N] by the local shard -> [sum(counts), hidden].
+
+        The layer's quant method does it; the bias is added on the layer's first rank only.
+        """
+        layer = self.layer
+        bias = None if self.group.layer_tp.rank_in_group > 0 or layer.skip_bias_add else layer.bias
+        # Some quant methods decide by rank at this time what is added once (vllm-ascend's W8A8).
+        with LayerScope(self.parallel_state, self.group):
+            if self.mixes_rows and len(counts) > 1:
+                blocks = [rows for rows in x.split(list(counts)) if rows.shape[0]]
+                return torch.cat([layer.quant_method.apply(layer, b, bias) for b in blocks])
+            output: torch.Tensor = layer.quant_method.apply(layer, x, bias)
+        return output
+
+    def gemm_traced(self, x: torch.Tensor) -> torch.Tensor:
+        """Do what `gemm` does for a tracer, which cannot follow the scope of vLLM's group."""
+        layer, rank = self.layer, self.group.layer_tp.rank_in_group
+        bias = None if rank > 0 or layer.skip_bias_add else layer.bias
+        # vllm-ascend's wrapper would ask vLLM for the rank; it passes it on as last argument.
+        wrapped = getattr(layer.quant_method, "quant_method", None)
+        output: torch.Tensor = (
+            layer.quant_method.apply(layer, x, bias)
+            if wrapped is None
+            else wrapped.apply(layer, x, bias, rank)
+        )
+        return output
+
+
+class ShardedMixin:
+    """Marks a sharded layer; every such layer is an instance of it and of the host's class."""
+
+    oproj: Shard
+
+
+def construct(
+    init: Callable[..., None],
+    layer: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    group: OtpGroup,
+    parallel_state: Any,
+    host: HostPass,
+) -> None:
+    """Run the host's `layer.__init__` so that `layer` becomes a sharded o_proj.
+
+    init: the bound original constructor, called with args and kwargs as given.
+    Raises OprojError when the input dimension cannot be divided or the host refuses.
+    """
+    given = inspect.signature(init).bind(*args, **kwargs)
+    given.apply_defaults()
+    prefix, columns = given.arguments["prefix"], given.arguments["input_size"]
+    topology.check_divisible(prefix, columns, group.tp_size, group.size)
+    cls: type = type(layer)
+    _warn_of_bypassed(cls)
+    layer.__class__ = _sharded_class(cls)
+    name = _unique(prefix, group)
+    label_type = host.label_type()
+    label = name if label_type is str else label_type(name)
+    plan = exchange.Plan(group.size, 0, 0, 0, 0, 0, 1)
+    # nn.Module.__setattr__ would look for tables that do not exist before its __init__.
+    layer.__dict__["oproj"] = Shard(
+        name, label, host.traceable(), layer, group, host, parallel_state, plan
+    )
+    try:
+        with LayerScope(parallel_state, group):
+            init(*args, **kwargs)
+    except OprojError:
+        raise
+    except Exception as error:
+        ways = group.tp_size * group.size
+        raise OprojValueError(
+            "OPROJ006",
+            f"{TOGGLE} is {group.size}, and vLLM cannot build {prefix} as one of {ways} parts of "
+            f"{columns} input columns ({type(error).__name__}: {error}): if vLLM builds this "
+            "model with the variable unset, choose a smaller group size or report the model.",
+        ) from error
+    _check_blocks(layer)
+    _measure(layer)
+    _see_own_group_after_loading(layer)
+    group.layers[name] = layer
+    _register_op(label_type)
+
+
+def require_sharded(owner: Any, prefix: str) -> None:
+    """Raise OprojError unless the attention module `owner` got a sharded `o_proj`."""
+    layer = getattr(owner, "o_proj", None)
+    if not isinstance(layer, ShardedMixin):
+        raise OprojError(
+            "OPROJ007",
+            f"{prefix}.o_proj is a {type(layer).__module__}.{type(layer).__qualname__}, which "
+            f"did not become a sharded layer although {TOGGLE} is set: this class is not "
+            "supported in this release; unset the variable, or report model and release.",
+        )
+
+
+def check_model(model: Any, group: OtpGroup, built: Sequence[str], attentions: Any) -> None:
+    """Check the layers that were sharded while `model` was built.
+
+    built: their keys in the group; attentions: the host's layers with a KV cache by prefix
+        (`static_forward_context`), other layers may be among them.
+    Raises OprojError when neither `model` nor one built before it has a sharded layer, or when
+    one of `built` does not belong to a decoder's attention.
+    """
+    if not group.layers:
+        raise OprojError(
+            "OPROJ007",
+            f"{TOGGLE} is {group.size}, but {type(model).__name__} has no self-attention o_proj "
+            "that can be sharded: unset the variable for this model.",
+        )
+    caches = [
+        f"{prefix}."
+        for prefix, layer in attentions.items()
+        if hasattr(layer, "kv_cache")
+        and getattr(layer, "attn_type", None) not in ("encoder", "encoder_only")
+    ]
+    for name in built:
+        owner = name.partition("#")[0].rpartition(".")[0]
+        if not any(prefix.startswith(f"{owner}.") for prefix in caches):
+            raise OprojError(
+                "OPROJ007",
+                f"{name} of {type(model).__name__} was sharded, but {owner} has no KV cache, so "
+                "it is no decoder's attention (an encoder runs only on the ranks that have an "
+                f"image or a sound to encode): unset {TOGGLE}, and please report the model.",
+            )
+
+
+def settle(group: OtpGroup) -> None:
+    """Settle every layer's plan, when the weights are as they are served.
+
+    Bytes are measured anew, because a quant method may replace weights while it loads. Called once
+    on every rank, before the ranks compare their layers.
+    """
+    group.main_layers = group.main_layers or len(group.layers)
+    for index, layer in enumerate(group.layers.values()):
+        shard = layer.oproj
+        if all(p.numel() for p in layer.parameters(recurse=False)):  # a CPU empties what it packs
+            _measure(layer)
+        least = weight_gather.threshold(layer, group)
+        shard.plan = exchange.settle(layer, group, least)
+        shard.description += f" {weight_gather.describe(layer, least)} {shard.plan}"
+        shard.leads = index == 0 or index >= group.main_layers
+
+
+def summary(group: OtpGroup) -> str:
+    """Return the one line that a worker logs."""
+    kept, saved = group.totals()
+    gib = 1 << 30
+    return (
+        f"oproj_patch {__version__}: o_proj sharded {group.size}-way over ranks {group.ranks}: "
+        f"{len(group.layers)} layers, {(kept + saved) / gib:.3f} GiB -> {kept / gib:.3f} GiB on "
+        f"this rank (saved {saved / gib:.3f} GiB){weight_gather.summary(group)}"
+    )
+
+
+@functools.cache
+def _sharded_class(cls: type) -> type:
+    """Return a subclass of `cls` whose instances are sharded; features keyed on names see `cls`."""
+    if issubclass(cls, ShardedMixin):
+        return cls
+    namespace = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "forward": _forward,
+    }
+    for loader in ("weight_loader", "weight_loader_v2"):
+        if hasattr(cls, loader):
+            namespace[loader] = _seeing_own_group(getattr(cls, loader))
+    return type(cls.__name__, (ShardedMixin, cls), namespace)
+
+
+def _seeing_own_group(method: Callable[..., Any]) -> Callable[..., Any]:
+    # vLLM <= 0.10 asks for the rank while it loads, not only while it constructs.
+    @functools.wraps(method)
+    def wrapper(self: Any, param: Any, loaded_weight: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_loaded(self, param, loaded_weight)
+        with LayerScope(self.oproj.parallel_state, self.oproj.group):
+            return method(self, param, loaded_weight, *args, **kwargs)
+
+    return wrapper
+
+
+def _see_own_group_after_loading(layer: Any) -> None:
+    """Let post-load processing of the layer's quant method see the layer's own group."""
+    method = layer.quant_method
+    if "process_weights_after_loading" in vars(method):  # shared with a layer seen before
+        return
+
+    @functools.wraps(method.process_weights_after_loading)
+    def process_weights_after_loading(module: Any, *args: Any, **kwargs: Any) -> Any:
+        # Looked up at each call, because frameworks patch it on the class after the build.
+        process = type(method).process_weights_after_loading
+        if not isinstance(module, ShardedMixin):
+            return process(method, module, *args, **kwargs)
+        with LayerScope(module.oproj.parallel_state, module.oproj.group):
+            return process(method, module, *args, **kwargs)
+
+    method.process_weights_after_loading = process_weights_after_loading
+
+
+def _forward(self: Any, input_: torch.Tensor, *_: Any, **__: Any) -> Any:
+    # Traced by torch.compile: plain attribute reads, one opaque op, vLLM's own all-reduce.
+    shard = self.oproj
+    group = shard.group
+    if not self.input_is_parallel and group.tp_size > 1:
+        input_ = input_.chunk(group.tp_size, dim=-1)[group.tp_rank]
+    if shard.traceable and torch.compiler.is_compiling():
+        output = exchange.run_traced(self, input_)
+    else:
+        output = torch.ops.oproj_patch.o_proj.default(input_, shard.label, self.output_size)
+    if self.reduce_results and group.tp_size > 1:
+        output = shard.parallel_state.get_tp_group().all_reduce(output)
+    if not self.return_bias:
+        return output
+    return output, (self.bias if self.skip_bias_add else None)
+
+
+# The op as torch.compile sees it: opaque, one call, named by the layer. Dynamo inlines wrapt
+# wrappers and Python around a traced forward, or fails on it under fullgraph.
+_library: torch.library.Library | None = None
+
+
+def _register_op(label: type) -> None:
+    """Define `torch.ops.oproj_patch.o_proj(x, layer, hidden)` once.
+
+    It is defined through a Library, because a call costs 4 us then, and 11 us through
+    torch.library.custom_op.
+    label: type of the argument `layer`: `str`, or the host's opaque type for layer names with
+    the name in its `value`, which keeps the graphs of equal layers equal (one compilation).
+    """
+    global _library
+    if _library is not None:
+        return
+
+    def o_proj(x: torch.Tensor, layer: Any, hidden: int) -> torch.Tensor:
+        return _run(x, layer if isinstance(layer, str) else layer.value)
+
+    o_proj.__annotations__.update(
+        {"x": torch.Tensor, "layer": label, "hidden": int, "return": torch.Tensor}
+    )
+    _library = torch.library.Library("oproj_patch", "FRAGMENT")
+    _library.define("o_proj" + torch.library.infer_schema(o_proj, mutates_args=()))
+    _library.impl("o_proj", o_proj, "CompositeExplicitAutograd")
+    _library._register_fake("o_proj", lambda x, layer, hidden: x.new_empty((*x.shape[:-1], hidden)))
+
+
+def _run(x: torch.Tensor, name: str) -> torch.Tensor:
+    """Implement the custom op."""
+    group = otp_group.require(name)
+    layer = group.layers[name]
+    if not group.checked:
+        # No call after loading is made by every loader on every rank; a forward pass is.
+        settle(group)
+        layer.oproj.host.before_first_step(group)
+        exchange.reserve(group, x)
+        for other in group.layers.values():
+            other.oproj.mixes_rows = _mixes_rows(other, x)
+    return exchange.run(layer, x)
+
+
+def _mixes_rows(layer: Any, like: torch.Tensor) -> bool:
+    """Tell whether one row changes another row's result in the layer's quant method.
+
+    A dynamic scale per tensor does: rows of another rank would then change this rank's result.
+    """
+    if type(layer.quant_method).__name__.startswith("Unquantized"):
+        return False
+    shard = layer.oproj
+    columns = shard.plan.columns // shard.plan.size
+    rows = torch.arange(16 * columns, device=like.device).sin().view(16, columns).to(like.dtype)
+    quiet = shard.gemm(rows)[:8].float()
+    rows[8:] *= 1000
+    loud = shard.gemm(rows)[:8].float()
+    return bool((loud - quiet).abs().max() > 1e-3 * quiet.abs().max())
+
+
+def _check_blocks(layer: Any) -> None:
+    """Refuse a shard that does not hold whole quantization blocks."""
+    shard, method, width = layer.oproj, layer.quant_method, layer.input_size_per_partition
+    inner = getattr(method, "quant_method", None)
+    owners = (method, inner, getattr(layer, "scheme", None), getattr(method, "quant_config", None))
+    for owner in owners:
+        for attribute in ("group_size", "weight_block_size", "block_size"):
+            found = getattr(owner, attribute, None)
+            block = found[-1] if isinstance(found, (list, tuple)) and found else found
+            if isinstance(block, int) and block > 1 and width % block:
+                raise _no_whole_blocks(shard, f"{attribute} of {type(method).__name__}", block)
+
+
+def _check_loaded(layer: Any, param: Any, loaded: Any) -> None:
+    """Refuse a tensor that the ranks cannot share out in whole elements: blocks would be cut."""
+    dim = _input_dim(param)
+    if dim is None or getattr(param, "is_sharded_weight", False) or loaded.dim() != param.dim():
+        return
+    ways = layer.oproj.group.layer_tp.world_size
+    if loaded.shape[dim] > param.shape[dim] * ways:
+        what = f"{loaded.shape[dim]} elements of a loaded tensor along the input; a rank's share"
+        raise _no_whole_blocks(layer.oproj, what, param.shape[dim])
+
+
+def _no_whole_blocks(shard: Shard, what: str, block: int) -> OprojValueError:
+    return OprojValueError(
+        "OPROJ006",
+        f"{TOGGLE} is {shard.group.size}, which leaves {shard.layer.input_size_per_partition} "
+        f"input columns of {shard.name} on a rank; {what} is {block}, and accepted are sizes that "
+        "leave whole blocks on every rank: choose a smaller group size.",
+    )
+
+
+def _input_dim(param: torch.nn.Parameter) -> int | None:
+    # vLLM marks a parameter that is cut along the input dimension by `input_dim`.
+    return getattr(param, "input_dim", None)
+
+
+def _measure(layer: Any) -> None:
+    """Record bytes and shapes of the parameters."""
+    shard = layer.oproj
+    ways = shard.group.layer_tp.world_size // shard.group.tp_size
+    params = list(layer.named_parameters(recurse=False))
+    sizes = {name: param.numel() * param.element_size() for name, param in params}
+    cut = [name for name, param in params if _input_dim(param) is not None]
+    shard.kept = sum(sizes.values())
+    shard.saved = sum(sizes[name] for name in cut) * (ways - 1)
+    shard.description = " ".join(
+        [type(layer.quant_method).__name__]
+        + [f"{name}:{tuple(param.shape)}:{param.dtype}" for name, param in params]
+    )
+
+
+def _unique(prefix: str, group: OtpGroup) -> str:
+    # A drafter may name its layers as the model does.
+    name, count = prefix, 1
+    while name in group.layers:
+        count += 1
+        name = f"{prefix}#{count}"
+    return name
+
+
+@functools.cache
+def _warn_of_bypassed(cls: type) -> None:
+    """Warn once when another plugin wrapped `cls.forward`: a sharded layer does not call it."""
+    for base in cls.__mro__:
+        forward = vars(base).get("forward")
+        if forward is None:
+            continue
+        if hasattr(forward, "__wrapped__") or forward.__module__ != base.__module__:
+            _log.warning(
+                "%s.forward was replaced by %s; oproj_patch does not call it for o_proj layers.",
+                base.__qualname__,
+                getattr(forward, "__module__", type(forward).__module__),
+            )
+        return

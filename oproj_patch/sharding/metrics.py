@@ -1,0 +1,43 @@
+"""Four Prometheus gauges of this worker, for vLLM's own `/metrics`; set once.
+
+The API server that answers `/metrics` is another process than the worker. prometheus_client
+bridges that with files in the directory `PROMETHEUS_MULTIPROC_DIR`. vLLM sets the variable when
+it starts several API servers (with `vllm serve` from 0.18 on: one per data-parallel rank unless
+told otherwise); the operator may set it otherwise. Without it nobody could see a worker's values.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+from .otp_group import OtpGroup
+
+
+def publish(group: OtpGroup) -> None:
+    """Set the gauges of this worker, if anybody could see them."""
+    gauges = _gauges() if os.environ.get("PROMETHEUS_MULTIPROC_DIR") else {}
+    kept, saved = group.totals()
+    values = (group.size, len(group.layers), kept, saved)
+    for gauge, value in zip(gauges.values(), values, strict=False):
+        gauge.labels(str(group.ranks[group.rank])).set(value)
+
+
+@functools.cache
+def _gauges() -> dict[str, Any]:
+    """Return the gauges by name; none without prometheus_client."""
+    try:
+        from prometheus_client import Gauge
+    except ImportError:
+        return {}
+    # `rank` tells the workers apart, so the maximum over processes is each worker's own value.
+    return {
+        name: Gauge(f"oproj_patch_{name}", text, ["rank"], multiprocess_mode="max")
+        for name, text in (
+            ("group_size", "Ranks that share one o_proj weight."),
+            ("layers", "Sharded o_proj layers."),
+            ("kept_bytes", "Bytes of the sharded o_proj layers on this rank."),
+            ("saved_bytes", "Bytes that the unsharded o_proj layers would take in addition."),
+        )
+    }

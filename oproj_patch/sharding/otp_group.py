@@ -1,0 +1,380 @@
+"""The otp group: create, agree, look up, destroy; and "see the layer's own TP group".
+
+Process groups of our own, never vLLM's: under HCCL the buffer of the "dp" group is tiny, and
+names that begin with `tp` or `pp` get shared memory on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import OprojError
+from ..settings import TOGGLE, Settings
+from . import agreement, topology
+
+Counts = tuple[int, ...]
+"""Rows of each rank of the group in one forward pass, in group order."""
+
+
+class CollectiveError(RuntimeError):
+    """A collective between the ranks of the group failed; `__cause__` is torch's error."""
+
+
+class LayerTPGroup:
+    """What `parallel_state.get_tp_group()` returns while vLLM handles a sharded o_proj.
+
+    It offers rank, size and all-reduce of the ranks that together hold the whole weight. It
+    refuses any other attribute, because the answer would be another group's.
+    """
+
+    def __init__(self, rank: int, ranks: Sequence[int], device_group: Any, cpu_group: Any) -> None:
+        self.rank_in_group = rank
+        self.ranks = list(ranks)
+        self.world_size = len(self.ranks)
+        self.rank = self.ranks[rank]
+        self.device_group = device_group
+        self.cpu_group = cpu_group
+
+    @property
+    def first_rank(self) -> int:
+        return self.ranks[0]
+
+    @property
+    def is_first_rank(self) -> bool:
+        return self.rank_in_group == 0
+
+    def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
+        output = input_.clone()
+        dist.all_reduce(output, group=self.device_group)
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"the tensor-parallel group of a sharded o_proj has no {name!r}: vLLM asked for it "
+            "while building, loading or applying that layer, which oproj_patch has not met "
+            "before; please report the vLLM version and the quantization method."
+        )
+
+
+@dataclass
+class OtpGroup:
+    """The otp group of this process.
+
+    ranks: its global ranks; rank: this process's place among them.
+    dp_start: place of its first member in vLLM's data-parallel group.
+    tp_ranks: global ranks of this process's tensor-parallel group; tp_rank: its place there.
+    device_group, cpu_group: process groups over `ranks` (the same object on gloo).
+    layer_tp: see `LayerTPGroup`.
+    graph_rows: largest row count for which a device graph may be captured; 0: no graphs. Up to it
+        there is one pattern of communication.
+    layers: sharded layers by name; main_layers: how many of them belong to the first model, those
+        after it are a drafter's.
+    counts: what the ranks agreed on at the first layer of this forward pass.
+    steps: steps run so far; gathers: how many of them gathered the weight.
+    checked: the ranks have compared their layers; complete: no layer built from now on is sharded.
+    buffers: memory that all layers share; views: parts of it, for row counts seen before.
+    """
+
+    ranks: list[int]
+    rank: int
+    dp_start: int
+    tp_ranks: list[int]
+    tp_rank: int
+    device_group: Any
+    cpu_group: Any
+    layer_tp: LayerTPGroup
+    settings: Settings
+    store_key: str
+    graph_rows: int = 0
+    layers: dict[str, Any] = field(default_factory=dict)
+    main_layers: int = 0
+    counts: Counts | None = None
+    steps: int = 0
+    gathers: int = 0
+    checked: bool = False
+    complete: bool = False
+    buffers: dict[Any, torch.Tensor] = field(default_factory=dict)
+    views: dict[Any, torch.Tensor] = field(default_factory=dict)
+
+    @functools.cached_property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    @functools.cached_property
+    def tp_size(self) -> int:
+        return len(self.tp_ranks)
+
+    def totals(self) -> tuple[int, int]:
+        """Return bytes of all sharded layers: (kept on this rank, saved on this rank)."""
+        shards = [layer.oproj for layer in self.layers.values()]
+        return sum(s.kept for s in shards), sum(s.saved for s in shards)
+
+
+_current: OtpGroup | None = None
+_refusal: OprojError | None = None
+
+
+def current() -> OtpGroup | None:
+    """Return this process's otp group, or None before vLLM created its groups."""
+    return _current
+
+
+def require(what: str) -> OtpGroup:
+    """Return this process's otp group; raises OprojError that names `what` needs it."""
+    if _refusal is not None:
+        raise _refusal
+    if _current is None:
+        raise OprojError(
+            "OPROJ007",
+            f"{what} cannot be sharded: {TOGGLE} is set but vLLM created its process groups "
+            "before oproj_patch was active; import oproj_patch (or let vLLM load its plugin, see "
+            "VLLM_PLUGINS) before the engine starts.",
+        )
+    return _current
+
+
+def refuse(error: OprojError | None) -> None:
+    """Remember why this start was refused; `require` repeats it. None: forget."""
+    global _refusal
+    _refusal = error
+
+
+def agree_to_start(settings: Settings, equal: Mapping[str, str], refusal: OprojError | None) -> str:
+    """Agree on one start with every rank of the world; return the key of the start.
+
+    settings: as this rank read them, the size resolved; equal: what else must be equal on all
+        ranks, by name.
+    refusal: why this rank cannot start; told to the others, so that all end alike.
+    Raises OprojError when a rank refuses, the ranks do not agree, or one gives no answer; then no
+    process group of ours exists on any rank.
+    """
+    rank, world = dist.get_rank(), range(dist.get_world_size())
+    # Number this start: one process may serve several engines in turn.
+    key = f"oproj_patch/{store().add(f'oproj_patch/starts/{rank}', 1)}"
+    record = {**settings.shared(), **equal}
+    seconds = settings.handshake_seconds
+    agreement.agree(
+        store(), f"{key}/settings", rank, world, record, seconds,
+        agreement.same_settings(record, seconds), refusal, _end_unaware,
+    )  # fmt: skip
+    return key
+
+
+def create(
+    dp_groups: Sequence[Sequence[int]],
+    tp_groups: Sequence[Sequence[int]],
+    backend: str,
+    settings: Settings,
+    key: str,
+    like: Any = None,
+    graph_rows: int = 0,
+) -> OtpGroup:
+    """Create this process's otp group. Every rank of the world calls it at the same point.
+
+    dp_groups, tp_groups: global ranks of all of vLLM's groups of that kind.
+    backend: torch.distributed backend of the device group; key: from `agree_to_start`.
+    like: vLLM's coordinator of this rank's data-parallel group; ours take its timeouts.
+    graph_rows: see `OtpGroup`.
+    Raises OprojError when a group exists already.
+    """
+    global _current
+    if _current is not None:
+        raise OprojError(
+            "OPROJ010",
+            f"an otp group of size {_current.size} exists already in this process: destroy the "
+            "engine before starting another one.",
+        )
+    rank = dist.get_rank()
+    otp = topology.otp_groups(dp_groups, settings.size)
+    layer = otp if all(len(g) == 1 for g in tp_groups) else topology.layer_groups(otp, tp_groups)
+    ranks, device_group, cpu_group = _new_groups(otp, backend, like)
+    if layer is otp:
+        layer_ranks, layer_device, layer_cpu = ranks, device_group, cpu_group
+    else:
+        layer_ranks, layer_device, layer_cpu = _new_groups(layer, backend, like)
+    dp_ranks = _containing(dp_groups, rank)
+    tp_ranks = _containing(tp_groups, rank)
+    _current = OtpGroup(
+        ranks=ranks,
+        rank=ranks.index(rank),
+        dp_start=dp_ranks.index(ranks[0]),
+        tp_ranks=tp_ranks,
+        tp_rank=tp_ranks.index(rank),
+        device_group=device_group,
+        cpu_group=cpu_group,
+        layer_tp=LayerTPGroup(layer_ranks.index(rank), layer_ranks, layer_device, layer_cpu),
+        settings=settings,
+        store_key=f"{key}/{ranks[0]}",
+        graph_rows=graph_rows,
+    )
+    return _current
+
+
+def destroy() -> None:
+    """Destroy this process's otp group, if there is one."""
+    global _current
+    group, _current = _current, None
+    if group is None:
+        return
+    layer = group.layer_tp
+    groups = (group.device_group, group.cpu_group, layer.device_group, layer.cpu_group)
+    if dist.is_initialized():
+        for process_group in {id(g): g for g in groups}.values():
+            dist.destroy_process_group(process_group)
+
+
+def check_layers(group: OtpGroup) -> None:
+    """Compare the sharded layers of the group's ranks. Runs once, before the first step.
+
+    A digest goes over the group itself, because there the end of a peer is noticed at once and
+    the group's timeout holds. Only when digests differ do the ranks tell each other their layers.
+    Raises OprojError when they differ or a rank does not arrive.
+    """
+    names = {name: layer.oproj.description for name, layer in group.layers.items()}
+    text = json.dumps(names | {"(step)": f"device graphs up to {group.graph_rows} rows"})
+    digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+    digests = torch.empty(group.size, digest.numel(), dtype=torch.uint8)
+    try:
+        dist.all_gather(list(digests.unbind()), digest, group=group.cpu_group)
+    except RuntimeError as error:
+        raise OprojError(
+            "OPROJ012",
+            f"a rank of the group {group.ranks} ended, or did not reach its first forward pass "
+            f"within the group's timeout ({str(error).splitlines()[0]}): look for its error in "
+            "the logs of these ranks.",
+        ) from error
+    if not torch.equal(digests, digest.expand_as(digests)):
+        agreement.agree(
+            store(),
+            f"{group.store_key}/layers",
+            dist.get_rank(),
+            group.ranks,
+            {"layers": text},
+            group.settings.handshake_seconds,
+            agreement.same_layers(),
+        )
+    group.checked = True
+
+
+class LayerScope:
+    """Within it, on this thread, `parallel_state.get_tp_group()` is the layer's own group.
+
+    Other threads of the process (a connector's, say) still see vLLM's group. A class, because it
+    surrounds every GEMM and a generator costs several microseconds.
+    """
+
+    __slots__ = ("group", "parallel_state")
+
+    def __init__(self, parallel_state: Any, group: OtpGroup) -> None:
+        self.parallel_state = parallel_state
+        self.group = group
+
+    def __enter__(self) -> None:
+        before = self.parallel_state._TP
+        self.parallel_state._TP = _OnThisThread(before, self.group.layer_tp)
+
+    def __exit__(self, *_: object) -> None:
+        mine = threading.get_ident()
+        found = self.parallel_state._TP
+        # Another thread may have put its view on top: then ours passes through until that ends.
+        while type(found) is _OnThisThread and found._thread != mine:
+            found = found._before
+        if type(found) is _OnThisThread:
+            object.__setattr__(found, "_thread", 0)
+        while (
+            type(self.parallel_state._TP) is _OnThisThread and not self.parallel_state._TP._thread
+        ):
+            self.parallel_state._TP = self.parallel_state._TP._before
+
+
+class _OnThisThread:
+    """One group for the thread that made it, another for all others."""
+
+    __slots__ = ("_before", "_own", "_thread")
+
+    def __init__(self, before: Any, own: LayerTPGroup) -> None:
+        object.__setattr__(self, "_before", before)
+        object.__setattr__(self, "_own", own)
+        object.__setattr__(self, "_thread", threading.get_ident())
+
+    def _seen(self) -> Any:
+        return self._own if threading.get_ident() == self._thread else self._before
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._seen(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._seen(), name, value)
+
+
+def _new_groups(
+    groups: Sequence[Sequence[int]], backend: str, like: Any
+) -> tuple[list[int], Any, Any]:
+    """Create all groups on all ranks; return members, device group and CPU group of this rank."""
+    mine: tuple[list[int], Any, Any] | None = None
+    device_timeout = timeout_of(getattr(like, "device_group", None))
+    cpu_timeout = timeout_of(getattr(like, "cpu_group", None))
+    for ranks in groups:
+        device_group = dist.new_group(list(ranks), timeout=device_timeout, backend=backend)
+        cpu_group = (
+            device_group
+            if backend == "gloo"
+            else dist.new_group(list(ranks), timeout=cpu_timeout, backend="gloo")
+        )
+        if dist.get_rank() in ranks:
+            mine = list(ranks), device_group, cpu_group
+    assert mine is not None, "vLLM's data-parallel groups cover every rank"
+    return mine
+
+
+def timeout_of(process_group: Any) -> timedelta | None:
+    """Return the timeout of a process group; None if unreadable (torch's default applies)."""
+    try:
+        device = process_group._device_types[0]
+        timeout: timedelta = process_group._get_backend(device).options._timeout
+    except (AttributeError, IndexError, RuntimeError):
+        return None
+    return timeout
+
+
+MOST_GROUPS = 8
+"""How many kinds of process groups vLLM creates in a start before its data-parallel group."""
+
+
+def _end_unaware() -> None:
+    """Make vLLM's next process groups fail on ranks that wait in them for us.
+
+    A rank that knows nothing of the agreement goes on to the next group with several members and
+    would wait there for minutes, or start and live on without its peers. gloo raises when what
+    another rank published is no address. The place of these records is not documented; where
+    torch uses another one, nothing happens.
+    """
+    c10d = dist.distributed_c10d
+    world = dist.get_world_size()
+    following = c10d._world.group_count
+    # One name for the device group and one for the CPU group of every group of every kind.
+    for name in range(following, following + 2 * MOST_GROUPS * world):
+        place = c10d.PrefixStore("cpu/", c10d.PrefixStore(f"{name}/", store()))
+        keys = [f"0/{rank}" for rank in range(world)]
+        with contextlib.suppress(RuntimeError):  # the store has ended with its rank
+            place.multi_set(keys, ["\0" * 64] * world)
+
+
+def _containing(groups: Sequence[Sequence[int]], rank: int) -> list[int]:
+    return next(list(ranks) for ranks in groups if rank in ranks)
+
+
+def store() -> Any:
+    """Return the key-value store of the default process group."""
+    return dist.distributed_c10d._get_default_store()
