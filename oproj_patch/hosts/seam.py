@@ -136,20 +136,6 @@ def undo(installed: Sequence[Installed]) -> None:
         )
 
 
-def source(module: str, path: str) -> str:
-    """Return the file in which `path` of `module` is, or was: the nearest there is."""
-    while module not in sys.modules and "." in module:
-        module, path = module.rpartition(".")[0], ""
-    owner = vars(sys.modules[module]).get(path.partition(".")[0]) if module in sys.modules else None
-    # A package may only re-export the class.
-    defined_in = getattr(owner, "__module__", None)
-    for name in (defined_in, module):
-        file = getattr(sys.modules.get(name or ""), "__file__", None)
-        if file is not None:
-            return str(file)
-    return f"{module.replace('.', '/')}.py"
-
-
 def _is_absent(error: Exception, seam: Seam) -> bool:
     """Tell whether the symbol itself is absent, and not something its module failed to import."""
     if isinstance(error, ModuleNotFoundError):
@@ -158,10 +144,11 @@ def _is_absent(error: Exception, seam: Seam) -> bool:
 
 
 def _drift(seam: Seam, host: str, what: str) -> OprojError:
+    where = getattr(sys.modules.get(seam.module), "__file__", None) or seam.module
     return OprojError(
         "OPROJ008",
-        f"{seam.symbol} of {host} {what}; oproj_patch needs it to {seam.why}: see "
-        f"{source(seam.module, seam.path)}, install a supported release (vllm "
-        f"{releases.VLLM_RELEASES[0]} to {releases.VLLM_RELEASES[-1]}, vllm-ascend "
-        f"{', '.join(releases.ASCEND_RELEASES)}), or unset {TOGGLE}.",
+        f"{seam.symbol} of {host} {what}; oproj_patch needs it to {seam.why}: see {where}, "
+        f"install a supported release (vllm {releases.VLLM_RELEASES[0]} to "
+        f"{releases.VLLM_RELEASES[-1]}, vllm-ascend {', '.join(releases.ASCEND_RELEASES)}), or "
+        f"unset {TOGGLE}.",
     )

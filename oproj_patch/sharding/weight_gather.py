@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from . import topology
 from .otp_group import CollectiveError, Counts, OtpGroup
 
 # torch 2.13 renamed it.
@@ -41,11 +42,10 @@ def threshold(layer: Any, group: OtpGroup) -> int:
         return 0
     if wanted is not None:
         return wanted
-    gathered = (group.size - 1) * sum(_bytes(tensor) for tensor in pieces(layer).values())
-    elements: int = (group.size - 1) * (layer.input_size_per_partition + layer.output_size)
-    a_row = layer.params_dtype.itemsize * elements
-    least: int = -(-gathered // a_row)
-    return max(1, least)
+    shard = sum(_bytes(tensor) for tensor in pieces(layer).values())
+    columns, element_bytes = layer.input_size_per_partition, layer.params_dtype.itemsize
+    step = topology.step_bytes(group.size, columns, layer.output_size, element_bytes)
+    return topology.gather_threshold(topology.gather_bytes(group.size, shard), step)
 
 
 def describe(layer: Any, least: int) -> str:
