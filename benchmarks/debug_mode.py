@@ -26,8 +26,7 @@ def measure(rows: int) -> dict[str, float]:
 
     import oproj_patch
     from oproj_patch import otp_group
-    from tests.bodies.layer import build
-    from tests.bodies.world import groups
+    from tests.ranks.layers import build, groups
 
     torch.set_num_threads(1)
     oproj_patch.enable(2)

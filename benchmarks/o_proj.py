@@ -81,7 +81,7 @@ def measure(
     import torch.distributed as dist
 
     import oproj_patch
-    from tests.bodies.world import groups
+    from tests.ranks.layers import groups
 
     columns, hidden = SHAPES[shape]
     rank = int(os.environ["RANK"])

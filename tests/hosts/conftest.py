@@ -1,6 +1,6 @@
 """`--host vllm-0.11.0` runs one host's tests; the summary says how long each host took.
 
-A test belongs to a host by its parameter `host`, an `overlay.Host` with its text as id.
+A test belongs to a host by its parameter `host`, an `wheels.Host` with its text as id.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     seconds: dict[str, float] = defaultdict(float)
     for host, report in reports:
         if report.when == "call":
-            seconds[host] += float(dict(report.user_properties).get(SECONDS, 0.0))
+            # Every part of a start has the seconds of all of it.
+            seconds[host] = max(
+                seconds[host], float(dict(report.user_properties).get(SECONDS, 0.0))
+            )
     beside = set(filter(seconds.get, seconds))
     for host, report in reports:
         if report.when == "call" or host not in beside:  # else it waited for what ran beside

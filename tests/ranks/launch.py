@@ -20,6 +20,7 @@ import functools
 import importlib
 import os
 import pickle
+import random
 import signal
 import socket
 import subprocess
@@ -192,6 +193,11 @@ class Server:
         self._process.kill()
         self._process.wait()
 
+    def wait(self) -> None:
+        """Wait until everything is imported."""
+        self._end.send(pickle.dumps(("wait",)))
+        self._answer()
+
     def fork(self, env: Env, log: Path, end: int) -> _Forked:
         """Start a rank which talks through the descriptor `end`."""
         request = pickle.dumps(("fork", dict(env), str(log)))
@@ -287,8 +293,10 @@ class _Ranks:
             self.end()
         now = time.monotonic() - started
         late = Outcome(0, error="outlived its deadline", seconds=now)
-        return [self._finished(told.get(rank) or replace(late, rank=rank)) for rank in range(len(
-            self.ends))]  # fmt: skip
+        return [
+            self._finished(told.get(rank) or replace(late, rank=rank))
+            for rank in range(len(self.ends))
+        ]
 
     def _finished(self, outcome: Outcome) -> Outcome:
         error = outcome.error
@@ -311,6 +319,9 @@ def _started(
     server: Server | None = None,
 ) -> Iterator[_Ranks]:
     """Start `world` ranks; they have ended afterwards."""
+    forking = None if fresh else server or _server()
+    if forking:
+        forking.wait()  # so that the port is still free when the ranks begin
     shared = {"MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world), **(env or {})}
     with tempfile.TemporaryDirectory() as scratch:
         ranks = _Ranks([Path(scratch, f"{rank}.log") for rank in range(world)])
@@ -321,11 +332,8 @@ def _started(
                 mine, theirs = connection.Pipe()
                 with theirs:
                     ranks.ends.append(mine)
-                    if fresh:
-                        ranks.processes.append(_Fresh(full, log, theirs.fileno()))
-                    else:
-                        forking = server or _server()
-                        ranks.processes.append(forking.fork(full, log, theirs.fileno()))
+                    start = forking.fork if forking else _Fresh
+                    ranks.processes.append(start(full, log, theirs.fileno()))
             yield ranks
         finally:
             ranks.end()
@@ -334,11 +342,12 @@ def _started(
 
 
 def free_port() -> int:
-    """Return a TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    """Return a TCP port that nobody listens on; none that the system gives to a client."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _environment(env: Env | None) -> dict[str, str]:
@@ -388,6 +397,9 @@ def _serve(end: socket.socket, imported: Sequence[str]) -> None:
         if not message:
             os._exit(0)  # vLLM's own way out takes seconds
         kind, *given = pickle.loads(message)
+        if kind == "wait":
+            end.send(b"0")
+            continue
         if kind == "end":
             _kill_session(given[0])
             end.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(given[0], 0)[1]))

@@ -22,6 +22,21 @@ def moe_model_config() -> Any:
     return SimpleNamespace(is_moe=True, model="a mixture-of-experts model")
 
 
+def configuration() -> Any:
+    """Return vLLM's configuration without a model, which 0.9.1 and 0.9.2 refuse on a CPU."""
+    from vllm.config import ParallelConfig, VllmConfig
+    from vllm.platforms import current_platform
+
+    try:
+        config = VllmConfig()
+    except AttributeError:
+        with mock.patch.object(type(current_platform), "check_and_update_config"):
+            config = VllmConfig()
+    config.parallel_config = ParallelConfig()
+    config.additional_config = {}
+    return config
+
+
 @contextlib.contextmanager
 def world() -> Iterator[None]:
     """Enter torch.distributed and vLLM's world group of WORLD_SIZE ranks."""
@@ -52,13 +67,10 @@ def join_world() -> None:
 @contextlib.contextmanager
 def model_groups(dp: int, tp: int = 1, pp: int = 1, config: Any = None) -> Iterator[Any]:
     """Create vLLM's parallel groups within `world`; yield its configuration."""
-    from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
+    from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
 
-    if config is None:
-        config = VllmConfig()
-        config.parallel_config = ParallelConfig()
-        config.additional_config = {}
+    config = config or configuration()
     parallel = config.parallel_config
     parallel.data_parallel_size = dp
     parallel.tensor_parallel_size = tp

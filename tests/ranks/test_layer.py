@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 
 from tests.ranks import layers
 from tests.ranks.launch import World
 from tests.ranks.layers import O_PROJ, build, finish, load, made, place, reference, sharding, whole
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("vllm")
 
 COLUMNS, HIDDEN = 48, 20
 LIMIT = 5e-6
@@ -237,7 +235,7 @@ def stacked() -> None:
             load(layer, weight, None)
             finish(layer)
 
-        class Stack(torch.nn.Module):  # type: ignore[misc]
+        class Stack(torch.nn.Module):
             def __init__(self) -> None:
                 super().__init__()
                 self.layers = torch.nn.ModuleList(stack)

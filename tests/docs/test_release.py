@@ -17,7 +17,7 @@ import pytest
 
 from oproj_patch import __version__
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "oproj_patch")
 TOGGLE = "OPROJ_TENSOR_PARALLEL_SIZE"
 

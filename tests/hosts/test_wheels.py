@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from . import overlay
-from .overlay import Host
+from . import wheels
+from .wheels import Host
 
 _BUILD = """
 import pathlib, sys, time
-from tests.hosts import overlay
+from tests.hosts import wheels
 
 def build(new):
     with open(sys.argv[1], "a") as log:
@@ -26,7 +26,7 @@ def build(new):
     time.sleep(0.5)
     (new / "last").write_text("2")
 
-stored = overlay.stored("thing", build)
+stored = wheels.stored("thing", build)
 assert {path.name for path in stored.iterdir()} == {"first", "last"}
 """
 
@@ -42,7 +42,7 @@ def test_processes_that_ask_at_once_build_once(cache: Path, tmp_path: Path) -> N
 
     def child(_: int) -> int:
         command = [sys.executable, "-c", _BUILD, str(log)]
-        return subprocess.run(command, cwd=overlay._REPOSITORY, timeout=60).returncode
+        return subprocess.run(command, cwd=wheels._REPOSITORY, timeout=60).returncode
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(child, range(4))) == [0] * 4
@@ -58,7 +58,7 @@ def test_a_failed_build_leaves_nothing(cache: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        overlay.stored("thing", build)
+        wheels.stored("thing", build)
     assert [path.name for path in cache.iterdir()] == [".thing.lock"]
 
 
@@ -66,14 +66,14 @@ def test_a_failed_build_leaves_nothing(cache: Path) -> None:
     ("requires", "load"),
     [
         ("numpy", True),
-        (f"torch=={overlay.torch_version()}+cpu", True),
-        (f"torch=={overlay.torch_version()}.*", True),
+        (f"torch=={wheels.torch_version()}+cpu", True),
+        (f"torch=={wheels.torch_version()}.*", True),
         ("torch==2.6.0+cpu", False),
         ("torch-npu==2.5.1.post1", False),
     ],
 )
 def test_libraries_are_kept_when_they_can_load(requires: str, load: bool) -> None:
-    assert overlay._libraries_load(f"Name: x\nRequires-Dist: {requires}\n") is load
+    assert wheels._libraries_load(f"Name: x\nRequires-Dist: {requires}\n") is load
 
 
 def test_a_child_and_its_children_end_at_the_deadline(tmp_path: Path) -> None:
@@ -85,11 +85,11 @@ def test_a_child_and_its_children_end_at_the_deadline(tmp_path: Path) -> None:
         "print('started', flush=True)\n"
         "time.sleep(300)\n"
     )
-    newest = overlay.HOSTS[27]
+    newest = wheels.HOSTS[27]
     assert newest == Host("vllm", "0.32.0")
     started = time.monotonic()
     with pytest.raises(subprocess.TimeoutExpired) as raised:
-        overlay.run(newest, ["-c", code], timeout=5)
+        wheels.run(newest, ["-c", code], timeout=5)
     assert time.monotonic() - started < 30
     assert raised.value.output == "started\n"
     for pid in map(int, pids.read_text().split()):
@@ -110,5 +110,5 @@ def _runs(pid: int) -> bool:
 
 def test_environment_keeps_the_callers_path_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/somewhere")
-    path = overlay.environment(Host("vllm", "0.32.0"))["PYTHONPATH"].split(os.pathsep)
+    path = wheels.environment(Host("vllm", "0.32.0"))["PYTHONPATH"].split(os.pathsep)
     assert path[-1] == "/somewhere"

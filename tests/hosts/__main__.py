@@ -1,6 +1,6 @@
 """Run the tests of one host, or of all.
 
-python -m tests.hosts.run [vllm|ascend VERSION [PYTEST OPTIONS]]
+python -m tests.hosts [vllm|ascend VERSION] [PYTEST OPTIONS]
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from . import overlay
+from . import wheels
 
 
 def main(arguments: Sequence[str]) -> int:
     """Fetch what is missing, run pytest, return its exit status."""
-    if not arguments:
-        overlay.main(["ensure", "all"])
-        return pytest.main([str(Path(__file__).parent)])
+    room = str(Path(__file__).parent)
+    if not arguments or arguments[0] not in ("vllm", "ascend"):
+        return pytest.main([room, *arguments])
     kind, version, *options = arguments
-    overlay.main(["ensure", kind, version])
-    return pytest.main([str(Path(__file__).parent), "--host", f"{kind}-{version}", *options])
+    wheels.main(["ensure", kind, version])
+    return pytest.main([room, "--host", f"{kind}-{version}", *options])
 
 
 if __name__ == "__main__":

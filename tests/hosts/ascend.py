@@ -13,7 +13,6 @@ import inspect
 import json
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +20,11 @@ from typing import Any
 
 import torch
 
+from tests.ranks.launch import SIZE
+from tests.ranks.layers import whole
+
 from .ascend_kernels import kernels_stood_in
-from .world import whole
+from .wheels import Host, environment
 
 # DeepSeek's architecture; every layer has an ordinary MLP, but the configuration is that of a
 # mixture-of-experts model, so the ranks run in lock step.
@@ -100,6 +102,20 @@ QWEN: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+
+
+def option(release: str) -> dict[str, Any]:
+    """Return vllm-ascend's own option, where the release reads it (0.9.1 has none)."""
+    size = {"oproj_tensor_parallel_size": 2}
+    return size if release in ("0.9.1", "0.11.0") else {"finegrained_tp_config": size}
+
+
+def variables(host: Host, size: int | str) -> dict[str, str]:
+    """Return the environment of a rank on `host` with the toggle `size`."""
+    env = {**environment(host, {}), SIZE: str(size)}
+    if host.version == "0.9.1":
+        env["VLLM_USE_V1"] = "1"  # not the default there on an NPU
+    return env
 
 
 def write_model(directory: Path, model: dict[str, Any] = DEEPSEEK) -> str:
@@ -365,49 +381,46 @@ def forward_context(config: Any, rows: int, told: Any, profile: bool = False) ->
     return set_ascend_forward_context(told, config, **given)
 
 
-def model_steps(config: Any, built: Any, plan: list[list[int]]) -> dict[str, Any]:
-    """The real model under `plan[step][rank]` rows; 0 is an idle rank, -n a profile run of n.
+def check_steps(
+    config: Any, built: Any, attention: str, plan: list[list[int]], idle: bool = True
+) -> None:
+    """Run the real model under `plan[step][rank]` rows; 0 is an idle rank, -n a profile run of n.
 
-    Returns the errors against the same model with whole o_proj weights.
+    Each output is that of the same model with whole o_proj weights, of all layers but attention's
+    kernels; without `idle` only where the rank has rows.
     """
     import oproj_patch
 
-    hf = config.model_config.hf_config
-    full = dict(checkpoint(hf))
+    full = dict(checkpoint(config.model_config.hf_config))
     impls = []
     for module in built.modules():
         if hasattr(module, "impl"):
             kernels_stood_in(module)
             impls.append(module.impl)
-    mine = config.parallel_config.data_parallel_rank
+    assert type(impls[0]).__name__ == attention
+    parallel = config.parallel_config
+    mine = parallel.data_parallel_rank
     layers = [layer.self_attn.o_proj for layer in built.model.layers]
     weights = [
         full[f"model.layers.{index}.self_attn.o_proj.weight"] for index in range(len(layers))
     ]
-    before = oproj_patch.status().exchanges
-    outputs = []
-    for counts in plan:
+
+    def run(counts: list[int]) -> Any:
         count = counts[mine]
-        outputs.append(forward(built, config, abs(count) or 1, idle=count <= 0, profile=count < 0))
-    result: dict[str, Any] = {
-        "attention": type(impls[0]).__name__,
-        "shapes": [list(layer.weight.shape) for layer in layers],
-        "exact": [
-            torch.equal(layer.weight, own_part(weight, config))
-            for layer, weight in zip(layers, weights, strict=True)
-        ],
-        "exchanges": oproj_patch.status().exchanges - before,
-        "errors": [],
-        "scales": [],
-    }
+        return forward(built, config, abs(count) or 1, idle=count <= 0, profile=count < 0)
+
+    before = oproj_patch.status().exchanges
+    outputs = [run(counts) for counts in plan]
+    assert oproj_patch.status().exchanges - before == len(plan) * 2
+    ways = parallel.data_parallel_size * parallel.tensor_parallel_size
+    assert [list(layer.weight.shape) for layer in layers] == [[64, 256 // ways]] * 2
     for layer, weight in zip(layers, weights, strict=True):
+        assert torch.equal(layer.weight, own_part(weight, config))
         unsharded(layer, weight)
     for counts, output in zip(plan, outputs, strict=True):
-        count = counts[mine]
-        expected = forward(built, config, abs(count) or 1, idle=count <= 0, profile=count < 0)
-        result["errors"].append(float((output - expected).abs().max()))
-        result["scales"].append(float(expected.abs().max()))
-    return result
+        expected = run(counts)
+        if idle or counts[mine] > 0:
+            assert float((output - expected).abs().max()) <= 5e-6 * float(expected.abs().max())
 
 
 def own_part(full: torch.Tensor, config: Any) -> torch.Tensor:
@@ -441,10 +454,65 @@ def unsharded(layer: Any, weight: torch.Tensor) -> None:
     layer.__class__ = type(cls.__name__, (host,), {"forward": plain})
 
 
-def attempt(body: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of `body`, or its error: one failure must not hide the other results."""
+def check_attention(config: Any, attention: Any, place: int, name: str, scatters: bool) -> None:
+    """Check the o_proj, of class `name`, of an attention made as layer `place` of a model.
+
+    scatters: it is refused with two tensor-parallel ranks, where it would scatter its result.
+    """
+    from oproj_patch.row_parallel import ShardedMixin
+    from oproj_patch.seams import vllm_ascend
+
+    hf = config.model_config.hf_config
+    names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank", "kv_lora_rank")
+    made = attention(
+        config=hf,
+        hidden_size=hf.hidden_size,
+        num_heads=hf.num_attention_heads,
+        **{name: getattr(hf, name) for name in names},
+        max_position_embeddings=hf.max_position_embeddings,
+        prefix=f"model.layers.{place}.self_attn",
+    )
+    layer = made.o_proj
+    assert (type(layer).__name__, isinstance(layer, ShardedMixin)) == (name, True)
+    assert layer.weight.shape == (64, 128)
+    weight = whole(hf.hidden_size, hf.num_attention_heads * hf.v_head_dim, torch.float32, seed=1)
+    layer.weight.weight_loader(layer.weight, weight)
+    mine = config.parallel_config.data_parallel_rank
+    x = whole(3 + mine, weight.shape[1], torch.float32, seed=2 + mine)
+    with torch.inference_mode():
+        output = layer(x)
+    output = output[0] if isinstance(output, tuple) else output
+    assert float((output - x @ weight.t()).abs().max()) <= 5e-6
+    with changed(layer.oproj.group, "tp_size", 2):
+        told = refused(lambda: vllm_ascend._check_layer(layer))
+    if scatters:
+        assert told.startswith("OPROJ015")
+        assert f"is a {name}, which scatters its result over 2 tensor-parallel" in told
+    else:
+        assert told == ""
+
+
+def refused(body: Callable[[], Any]) -> str:
+    """Return the sentence with which the package refuses, or ""."""
+    from oproj_patch.errors import OprojError
+
     try:
-        return body()
-    except Exception as error:
-        traceback.print_exc()
-        return {"error_raised": f"{type(error).__name__}: {error}"}
+        body()
+    except OprojError as error:
+        return str(error)
+    return ""
+
+
+@contextlib.contextmanager
+def changed(target: Any, name: str, value: Any) -> Iterator[None]:
+    """Let `target.name` be `value`, past any checks the object makes on assignment."""
+    absent = object()
+    before = vars(target).get(name, absent)
+    vars(target)[name] = value
+    try:
+        yield
+    finally:
+        if before is absent:
+            del vars(target)[name]
+        else:
+            vars(target)[name] = before

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .world import whole
+from tests.ranks.layers import whole
 
 
 def kernels() -> None:

@@ -1,4 +1,7 @@
-"""What runs inside vLLM reads no pickle, starts no program and writes no file."""
+"""What runs inside vLLM reads no pickle, starts no program and writes no file: its source.
+
+`tests/faults/test_faults.py` watches a running rank.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from pathlib import Path
 import pytest
 
 import oproj_patch
-from tests.faults.test_faults import ON
-from tests.warm import Warm
 
 PACKAGE = Path(oproj_patch.__file__).parent
 COMMAND_LINE = sorted(PACKAGE.glob("cli/*.py"))
@@ -48,9 +49,3 @@ def test_command_line(path: Path) -> None:
     modules, calls = used(path)
     assert not modules & PICKLES
     assert not calls & (CALLS | {"shell=True", "weights_only=False"})
-
-
-def test_a_running_rank(warm: Warm) -> None:
-    for outcome in warm.outcomes_of(2, "tests.faults.bodies:audited", {}, seconds=60, env=ON):
-        assert outcome.error == "", outcome.log[-3000:]
-        assert outcome.result == {"exchanges": 4, "events": [], "would notice": True}

@@ -1,4 +1,4 @@
-"""Tiny configurations of real mixture-of-experts architectures, as `config.json` has them."""
+"""Tiny configurations of real mixture-of-experts architectures, and vLLM's way to a model."""
 
 from __future__ import annotations
 
@@ -111,6 +111,29 @@ CONFIGS: dict[str, Config] = {
 
 
 def write(config: Config, directory: Path) -> str:
-    """Make `directory` a model of which only the configuration exists; its path."""
+    """Make `directory` a model of which only the configuration exists; return its path."""
     (directory / "config.json").write_text(json.dumps(config))
     return str(directory)
+
+
+def engine_config(model: str, dtype: str = "float32") -> Any:
+    """Return vLLM's configuration for a directory in which only `config.json` exists."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = EngineArgs(
+        model=model, skip_tokenizer_init=True, load_format="dummy", dtype=dtype,
+        enforce_eager=True, max_model_len=128, max_num_batched_tokens=128, max_num_seqs=8,
+        disable_log_stats=True,
+    ).create_engine_config()  # fmt: skip
+    config.additional_config = {}
+    return config
+
+
+def create(config: Any) -> Any:
+    """Return the model, built by vLLM's own loader and not loaded yet."""
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    with set_default_torch_dtype(config.model_config.dtype):
+        loader = get_model_loader(config.load_config)
+        return loader.create_model(vllm_config=config, model_config=config.model_config)

@@ -6,9 +6,8 @@ import pytest
 
 from oproj_patch import releases
 from oproj_patch.releases import ASCEND_RELEASES, VLLM_RELEASES, in_range, parse
-
-from ..ranks import ROOT
-from .overlay import OLDEST_WRAPT
+from tests.hosts.wheels import OLDEST_WRAPT
+from tests.ranks.launch import ROOT
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ the overlays of a host make a child of the running interpreter import that relea
 torch and everything else comes from the base environment. Overlays are shared: each is
 stored once, under `$OPROJ_TEST_CACHE` (default `.tox/hosts`).
 
-    python -m tests.hosts.overlay list
-    python -m tests.hosts.overlay ensure vllm 0.11.0
-    python -m tests.hosts.overlay ensure ascend 0.13.0
-    python -m tests.hosts.overlay ensure all
+    python -m tests.hosts.wheels list
+    python -m tests.hosts.wheels ensure vllm 0.11.0
+    python -m tests.hosts.wheels ensure ascend 0.13.0
+    python -m tests.hosts.wheels ensure all
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Literal
 from oproj_patch.releases import ASCEND_RELEASES, VLLM_RELEASES, in_range
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
-_STANDINS = Path(__file__).resolve().parent / "standins"
+_STUBS = Path(__file__).resolve().parent / "stubs"
 
 OLDEST_WRAPT = "1.16.0"
 # What a release needs and the base environment has in another version or not at all:
@@ -102,9 +102,9 @@ def ensure(host: Host) -> list[Path]:
     overlays += [store(*requirement.split("==")) for requirement in wanted]
     entries = [overlay for overlay in overlays if overlay]
     if host.kind == "ascend":
-        entries.append(_STANDINS / "pyacl")
+        entries.append(_STUBS / "pyacl")
     if host.vllm == "0.17.1":
-        entries.append(_STANDINS / "torch_avx512")
+        entries.append(_STUBS / "torch_avx512")
     return entries
 
 
@@ -269,7 +269,7 @@ def _size(entry: Path) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line, see the module's first lines."""
-    parser = argparse.ArgumentParser(prog="python -m tests.hosts.overlay")
+    parser = argparse.ArgumentParser(prog="python -m tests.hosts.wheels")
     commands = parser.add_subparsers(dest="command", required=True)
     ensuring = commands.add_parser("ensure", help="fetch one host, or all; print PYTHONPATH")
     ensuring.add_argument("kind", choices=["vllm", "ascend", "all"])

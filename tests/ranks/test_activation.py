@@ -1,21 +1,26 @@
-"""In a process: activation in every order. Cases run in forks of one that imported vLLM."""
+"""Activation by import, entry point and call, in any order and process; and its undoing.
+
+Each case is a function that runs in a process of its own.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from types import FunctionType, ModuleType
 from typing import Any
 
-from . import forks
+import pytest
 
-TOGGLE = "OPROJ_TENSOR_PARALLEL_SIZE"
+from tests.ranks import launch
+
+TOGGLE = launch.SIZE
 SEAMS = {
     "vllm.distributed.parallel_state": ["init_model_parallel_group"],
     "vllm.model_executor.layers.linear": ["RowParallelLinear.__init__"],
@@ -73,7 +78,7 @@ def world() -> Any:
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
 
-    from .host_layer import configuration
+    from tests.ranks.layers import configuration
 
     with tempfile.TemporaryDirectory() as scratch, set_current_vllm_config(configuration()):
         parallel_state.init_distributed_environment(
@@ -549,50 +554,14 @@ CASES: dict[str, Callable[[], None]] = {
 }  # fmt: skip
 
 
-def in_forks() -> dict[str, str]:
-    """Every case in its own fork of this process: "" or the traceback."""
-    prepare()
-    assert "oproj_patch" not in sys.modules
-    return _forked(CASES | {f"missing {symbol}": _missing(symbol) for symbol in SYMBOLS})
+@pytest.mark.parametrize("case", CASES)
+def test_vllm_first(case: str) -> None:
+    launch.run(1, CASES[case])
 
 
-def on_release() -> dict[str, str]:
-    """On a tested release: "" or the traceback, for each symbol that is gone."""
-    prepare()
-    return _forked({symbol: _missing(symbol) for symbol in sorted(SYMBOLS)})
-
-
-def on_untested(version: str, alike: bool) -> dict[str, str]:
-    """On another release, with and without its check.
-
-    alike: it has every symbol of the tested ones; else it lacks the model loader's.
-    """
-    import vllm.distributed
-
-    assert vllm.distributed
-    told = _forked({"refused": functools.partial(refused, version)})
-    os.environ["OPROJ_PATCH_SKIP_VERSION_CHECK"] = "1"
-    if not alike:
-        return told | _forked({"lacking": lacking_the_loader})
-    prepare()
-    symbol = "vllm.config.VllmConfig.compute_hash"
-    return told | _forked({"accepted": accepted, "missing": _missing(symbol)})
-
-
-def _missing(symbol: str) -> Callable[[], None]:
-    return functools.partial(missing, symbol)
-
-
-def _forked(cases: dict[str, Callable[[], None]]) -> dict[str, str]:
-    """Each case in a fork of this process, two at a time: "" or the traceback."""
-    told: list[Any] = []
-    calls = list(cases.values())
-    for start in range(0, len(calls), 2):
-        told += forks.run(calls[start : start + 2], grace=100)
-    return {
-        name: "" if error is None else str(error["error"])
-        for name, error in zip(cases, told, strict=True)
-    }
+@pytest.mark.parametrize("symbol", sorted(SYMBOLS))
+def test_a_symbol_that_is_gone(symbol: str) -> None:
+    launch.run(1, missing, symbol)
 
 
 # -- fresh processes: the package comes first -------------------------------------------------
@@ -631,3 +600,36 @@ def enabled_then_disabled_before_vllm() -> None:
     before = snapshot()
     first_group()
     assert changed(before) == []
+
+
+@pytest.mark.parametrize(
+    ("case", "toggle"), [(import_before_vllm, "2"), (enabled_then_disabled_before_vllm, "")]
+)
+def test_package_first(case: Callable[[], None], toggle: str) -> None:
+    launch.run(1, case, env={TOGGLE: toggle}, fresh=True)
+
+
+@pytest.mark.parametrize(
+    ("toggle", "allowed"),
+    [
+        *((text, ["oproj_patch", "oproj_patch._version"]) for text in ("", "0", "1")),
+        ("2", None),
+        ("auto", None),
+    ],
+)
+def test_import_is_light(toggle: str, allowed: list[str] | None) -> None:
+    """Off imports one module and its version; on does not import torch or vLLM either."""
+    code = (
+        "import os, sys, oproj_patch\n"
+        "if os.environ['OPROJ_TENSOR_PARALLEL_SIZE'] in ('', '0', '1'): oproj_patch.plugin()\n"
+        "print(*(name for name in sorted(sys.modules) if name.partition('.')[0] in "
+        "('torch', 'vllm', 'wrapt', 'oproj_patch')))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={TOGGLE: toggle, "PYTHONPATH": str(launch.ROOT)},
+        capture_output=True, text=True, timeout=60, check=True,
+    ).stdout.split()  # fmt: skip
+    if allowed is not None:
+        assert found == allowed
+    assert not {name.partition(".")[0] for name in found} & {"torch", "vllm"}
