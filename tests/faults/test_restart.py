@@ -47,7 +47,7 @@ def test_engines_come_and_go() -> None:
 
 
 def lives(options: dict[str, Any], dp_ports: list[int]) -> list[dict[str, Any]]:
-    """In a rank: start an engine in this process, use it, shut it down; once for each entry of `dp_ports`.
+    """In a rank: start an engine in this process, use it, end it; once for each of `dp_ports`.
 
     options: of `vllm.LLM`; dp_ports: where the data-parallel ranks meet. Each time: its tokens,
     seconds, layers and exchanges; and what is left of it: `ranks` of the otp group, torch process
