@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from oproj_patch.releases import ASCEND_RELEASES
 from tests.ranks import launch
@@ -27,8 +28,6 @@ from .ascend_drafter import draft_checkpoint, proposer_of
 from .ascend_kernels import kernels, kernels_stood_in, quantization_kernels
 from .parts import Parts, Ran
 from .wheels import Host
-
-torch = pytest.importorskip("torch")
 
 RELEASES = [Host("ascend", release) for release in ASCEND_RELEASES]
 NEWEST = RELEASES[-1]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.ranks import launch
 
@@ -14,8 +15,6 @@ from . import ascend
 from .ascend import check_attention, checkpoint, metadata, unsharded
 from .ascend_kernels import TorchairAttention, kernels, torchair_kernels
 from .wheels import Host
-
-torch = pytest.importorskip("torch")
 
 COMPILED = [4, 8]
 """Rows of every rank by step."""

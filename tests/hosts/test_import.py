@@ -11,13 +11,12 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 from oproj_patch.releases import in_range, parse
 from tests.ranks import launch
 
 from .wheels import HOSTS, Host, ensure, environment, origin, torch_version
-
-torch = pytest.importorskip("torch")
 
 _VLLM = (
     "vllm.distributed.parallel_state:get_tp_group",

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from oproj_patch.releases import in_range, parse
 from tests.ranks import launch
@@ -41,8 +42,6 @@ from tests.ranks.layers import (
 
 from .parts import Parts, Ran, attempt
 from .wheels import HOSTS, OLDEST_WRAPT, Host, ensure, environment, origin
-
-torch = pytest.importorskip("torch")
 
 VLLM = [host for host in HOSTS if host.kind == "vllm"]
 SIZE = 2
@@ -105,7 +104,7 @@ def host(request: pytest.FixtureRequest) -> Host:
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest) -> Iterator[dict[Host, Future[Ran]]]:
     """A run of each release that is wanted, two at a time; what they need is fetched meanwhile."""
-    wanted = {
+    wanted: dict[Host, None] = {
         item.callspec.params["host"]: None
         for item in request.session.items
         if item.path == request.path and isinstance(item, pytest.Function)
@@ -497,10 +496,10 @@ def test_row_counts(here: Here) -> None:
     group = otp_group.require("the test")
     for counts in ([3, 5], [6, 6], [1, 2]):
         with forward_context(here.config, counts, announced=True):
-            assert Forward().announced(group) == (counts if announces else None)
+            assert Forward().announced(group) == (tuple(counts) if announces else None)
     # Without counts: the release's own all-reduce.
     with set_forward_context(None, here.config, num_tokens=4 + 3 * here.rank):
-        assert Forward().announced(group) == ([4, 7] if announces else None)
+        assert Forward().announced(group) == ((4, 7) if announces else None)
 
 
 @part()  # the last: some releases shard nothing that is built after a model
@@ -514,7 +513,7 @@ def test_drafter(here: Here) -> None:
 
     import oproj_patch
 
-    class Model(torch.nn.Module):  # type: ignore[misc,name-defined]
+    class Model(torch.nn.Module):
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             super().__init__()
             self.o_proj = build(f"{prefix}.self_attn.o_proj", HIDDEN, COLUMNS, bias=False)
