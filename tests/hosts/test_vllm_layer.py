@@ -278,7 +278,7 @@ def _attention(name: str, here: Here) -> None:
 def _without_kernels(deepseek_v2: Any) -> Iterator[None]:
     """Leave out what computes attention, which few releases have for a CPU; all else is real."""
 
-    class Nothing(torch.nn.Module):
+    class Nothing(torch.nn.Module):  # type: ignore[misc]
         def __init__(self, *_: Any, **__: Any) -> None:
             super().__init__()
 
@@ -513,7 +513,7 @@ def test_drafter(here: Here) -> None:
 
     import oproj_patch
 
-    class Model(torch.nn.Module):
+    class Model(torch.nn.Module):  # type: ignore[misc]
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             super().__init__()
             self.o_proj = build(f"{prefix}.self_attn.o_proj", HIDDEN, COLUMNS, bias=False)

@@ -279,12 +279,12 @@ class _Ranks:
         awaited = set(waiting.values() if stop_at is None else stop_at)
         told: dict[int, Outcome] = {}
         while awaited - told.keys() and (left := deadline - time.monotonic()) > 0:
-            for end in connection.wait(list(waiting), left):
-                assert isinstance(end, Connection)
-                rank = waiting.pop(end)
+            for ready in connection.wait(list(waiting), left):
+                assert isinstance(ready, Connection)
+                rank = waiting.pop(ready)
                 outcome = Outcome(rank, seconds=time.monotonic() - started)
                 try:
-                    told[rank] = replace(outcome, **pickle.loads(end.recv_bytes()))
+                    told[rank] = replace(outcome, **pickle.loads(ready.recv_bytes()))
                 except (EOFError, ConnectionResetError):
                     told[rank] = replace(outcome, error="died")
                 if told[rank].error and grace is not None:

@@ -235,7 +235,7 @@ def stacked() -> None:
             load(layer, weight, None)
             finish(layer)
 
-        class Stack(torch.nn.Module):
+        class Stack(torch.nn.Module):  # type: ignore[misc]
             def __init__(self) -> None:
                 super().__init__()
                 self.layers = torch.nn.ModuleList(stack)

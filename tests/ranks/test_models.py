@@ -67,7 +67,7 @@ def _look_at(name: str, config: Any) -> None:
     assert type(built).__name__ == model_class
     rank = config.parallel_config.data_parallel_rank
     layers = {k: m for k, m in built.named_modules() if isinstance(m, RowParallelLinear)}
-    sharded = {key: m for key, m in layers.items() if isinstance(m, ShardedMixin)}
+    sharded: dict[str, Any] = {key: m for key, m in layers.items() if isinstance(m, ShardedMixin)}
     vision = [key for key in layers if "vision" in key]
     assert sorted(sharded) == names and sorted(vision) == (VISION if "VL" in name else [])
     assert {type(built.get_submodule(k.rpartition(".")[0])).__name__ for k in sharded} == {
