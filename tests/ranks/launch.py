@@ -452,7 +452,7 @@ def _print(error: BaseException) -> None:
         innermost = innermost.tb_next
     if isinstance(error, AssertionError) and innermost is not None:
         for name, value in innermost.tb_frame.f_locals.items():
-            print(f"    {name} = {str(value)[:300]}", file=sys.stderr)
+            print(f"    {name} = {' '.join(str(value).split())[:100]}", file=sys.stderr)
 
 
 def _main() -> None:
