@@ -421,6 +421,7 @@ def _serve(end: socket.socket, imported: Sequence[str]) -> None:
 
 def _answer_calls(descriptor: int, parent: int) -> None:
     """Be a rank: answer calls until the other end is closed; does not return."""
+    code = 1
     try:
         _end_with(parent)
         end = Connection(descriptor)
@@ -431,8 +432,14 @@ def _answer_calls(descriptor: int, parent: int) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             end.send_bytes(told)
+        code = 0
+    except EOFError:
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
     finally:
-        os._exit(0)
+        os._exit(code)
 
 
 def _told(call: bytes) -> bytes:
@@ -452,7 +459,8 @@ def _print(error: BaseException) -> None:
         innermost = innermost.tb_next
     if isinstance(error, AssertionError) and innermost is not None:
         for name, value in innermost.tb_frame.f_locals.items():
-            print(f"    {name} = {' '.join(str(value).split())[:100]}", file=sys.stderr)
+            with contextlib.suppress(Exception):  # whatever the value's own text raises
+                print(f"    {name} = {' '.join(str(value).split())[:100]}", file=sys.stderr)
 
 
 def _main() -> None:
