@@ -26,8 +26,7 @@ def measure(rows: int) -> dict[str, float]:
 
     import oproj_patch
     from oproj_patch import otp_group
-    from tests.bodies.layer import build
-    from tests.bodies.world import groups
+    from tests.ranks.layers import build, groups
 
     torch.set_num_threads(1)
     oproj_patch.enable(2)
@@ -53,10 +52,11 @@ def measure(rows: int) -> dict[str, float]:
 
 def main() -> int:
     """Print one line for each number of rows; return the exit code."""
-    from tests import ranks
+    from benchmarks import debug_mode
+    from tests.ranks import launch
 
     for rows in (1, 24):
-        told = ranks.run(2, "benchmarks.debug_mode:measure", {"rows": rows}, seconds=240)[0]
+        told = launch.run(2, debug_mode.measure, rows, fresh=True, seconds=240)[0]
         print(
             f"{rows} rows: {told['off']:.0f} us an exchange, {told['on']:.0f} us with the debug "
             f"mode, {told['on'] - told['off']:.0f} us more"

@@ -81,7 +81,7 @@ def measure(
     import torch.distributed as dist
 
     import oproj_patch
-    from tests.bodies.world import groups
+    from tests.ranks.layers import groups
 
     columns, hidden = SHAPES[shape]
     rank = int(os.environ["RANK"])
@@ -546,18 +546,19 @@ def execute(run: Run, seconds: float, ascend: str = "") -> tuple[list[dict[str, 
 
     ascend: release of vllm-ascend whose wheel, and vLLM's for it, are put before the installed one.
     """
-    from tests import ranks
-    from tests.hosts import overlay
+    from benchmarks import o_proj
+    from tests.hosts import wheels
+    from tests.ranks import launch
 
     host = {}
     if ascend:
-        host = overlay.environment(overlay.Host("ascend", ascend), {})
+        host = wheels.environment(wheels.Host("ascend", ascend), {})
         host["VLLM_PLUGINS"] = "oproj_patch"  # on vLLM's CPU platform: there is no NPU
 
-    told = ranks.run(
+    told = launch.run(
         run.ranks,
-        "benchmarks.o_proj:measure",
-        {**asdict(run), "seconds": seconds},
+        functools.partial(o_proj.measure, **asdict(run), seconds=seconds),
+        fresh=True,
         seconds=1800,
         env=host
         | {

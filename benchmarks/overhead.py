@@ -34,7 +34,7 @@ def main() -> int:
     from oproj_patch import otp_group, row_parallel
     from oproj_patch.seams.vllm import Forward
     from oproj_patch.settings import Settings
-    from tests.bodies.world import groups
+    from tests.ranks.layers import groups
 
     torch.set_num_threads(1)
     with groups(1) as config, torch.inference_mode():
@@ -87,7 +87,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from tests.ranks import free_port
+    from tests.ranks.launch import free_port
 
     os.environ.update(
         RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()),

@@ -1,15 +1,29 @@
-"""One process that has imported vLLM, for the tests that fork ranks from it."""
+"""Each test has exactly one tier: the room, which is the folder, that it is in."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.warm import Warm
+ROOMS = ("unit", "ranks", "hosts", "graphs", "engines", "faults", "docs")
+# Folders that have not moved into a room yet.
+MOVING = {"e2e": "engines", "cli": "unit"}
 
 
-@pytest.fixture(scope="session")
-def warm() -> Iterator[Warm]:
-    with Warm() as warm:
-        yield warm
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        room = MOVING.get(folder, folder)
+        if room not in ROOMS:
+            raise pytest.UsageError(
+                f"{item.nodeid} is in no room; accepted are {', '.join(ROOMS)}: move it into one."
+            )
+        second = sorted({mark.name for mark in item.iter_markers()} & {*ROOMS})
+        if second:
+            raise pytest.UsageError(
+                f"{item.nodeid} has the tier marker {', '.join(second)}, but its tier is its room "
+                f"{room}: remove the marker."
+            )
+        item.add_marker(room)

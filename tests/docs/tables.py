@@ -74,7 +74,7 @@ EVIDENCE: Mapping[str, str] = {
     "grouped query": f"{_ASCEND_LAYER}grouped_query_attention[HOST]",
     "TP 2": f"{_ASCEND_LAYER}two_tensor_parallel_ranks_and_quant_bias_once[HOST]",
     "proposer": f"{_ASCEND_LAYER}proposer_drafts_as_often_on_an_idle_rank[HOST]",
-    "torchair": f"{_ASCEND_LAYER}torchair_traces_whole[HOST]",
+    "torchair": "tests/hosts/test_ascend_torchair.py::test_torchair_traces_whole[HOST]",
     "engine": "tests/e2e/test_offline.py::test_two_ranks[moe-eager]",
     "MTP": "tests/e2e/test_mtp.py::test_drafter",
     "oldest engine": "tests/e2e/test_releases.py::test_oldest_engine",

@@ -26,9 +26,9 @@ TOGGLE = settings.TOGGLE
 
 # What is not run from here, and what runs it.
 ELSEWHERE = {
-    "pip install .": "tests/test_release.py",
+    "pip install .": "tests/docs/test_release.py",
     "pip install tox && tox": ".ci/run",
-    "curl http://localhost:8000/metrics": "tests/test_metrics.py",
+    "curl http://localhost:8000/metrics": "tests/engines/test_metrics.py",
 }
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")

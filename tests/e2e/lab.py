@@ -18,7 +18,7 @@ from oproj_patch.cli.engines import (
     run_offline,
 )
 
-from ..hosts import overlay
+from ..hosts import wheels
 
 TOGGLE = "OPROJ_TENSOR_PARALLEL_SIZE"
 PROMPTS = demo_model.prompts(20)
@@ -91,7 +91,7 @@ class Lab:
         path = [Path(__file__).parent] if moe else []
         env = {} if otp is None else {TOGGLE: str(otp)}
         if release:
-            path += overlay.ensure(overlay.Host("vllm", release))
+            path += wheels.ensure(wheels.Host("vllm", release))
             # 0.28.0 prefills MLA by FlashAttention, which it cannot import on a CPU.
             env["VLLM_MLA_DISABLE"] = "1"
         cache_key = (model, dp, tp, release)

@@ -5,16 +5,23 @@ Each row states what the ranks say and within how many seconds of their start al
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import os
 import re
+import signal
 import socket
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 
-from tests import ranks
-from tests.warm import Warm
+from tests.ranks import launch
+from tests.ranks.layers import build, configuration, model_groups, world
 
 TOGGLE = "OPROJ_TENSOR_PARALLEL_SIZE"
 SECONDS = 5
@@ -132,12 +139,12 @@ TABLE = {
 }
 
 
-def ended(row: Row, warm: Warm) -> list[ranks.Outcome]:
-    world = len(row.says)
-    return warm.outcomes_of(
-        world,
-        "tests.faults.bodies:play",
-        {"dp": world, "fault": row.fault, "odd": row.odd, "timeout": row.timeout},
+def ended(row: Row) -> list[launch.Outcome]:
+    ranks = len(row.says)
+    return launch.outcomes_of(
+        ranks,
+        play,
+        *(ranks, row.fault, row.odd, row.timeout),
         env={"OPROJ_PATCH_HANDSHAKE_SECONDS": str(SECONDS)}
         | (row.env if row.rank_env else ON | row.env),
         rank_env=row.rank_env or None,
@@ -147,10 +154,10 @@ def ended(row: Row, warm: Warm) -> list[ranks.Outcome]:
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_fault(name: str, warm: Warm) -> None:
+def test_fault(name: str) -> None:
     row = TABLE[name]
     seconds = [0.0]
-    for outcome, said in zip(ended(row, warm), row.says, strict=True):
+    for outcome, said in zip(ended(row), row.says, strict=True):
         if said is None:
             continue
         if said == ANYHOW:
@@ -168,14 +175,169 @@ def test_fault(name: str, warm: Warm) -> None:
 
 
 def test_every_fault_is_in_the_document() -> None:
-    text = (ranks.ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    text = (launch.ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     table = text.partition("## Faults")[2].partition("| --- |")[2].partition("\n\n")[0]
     assert re.findall(r"^\| ([^|]*) \|", table, re.M) == list(TABLE)
 
 
 @pytest.mark.parametrize("debug", ["0", "1"])
-def test_without_a_fault_all_ranks_finish(debug: str, warm: Warm) -> None:
+def test_without_a_fault_all_ranks_finish(debug: str) -> None:
     row = Row([""] * 4, 20, env={"OPROJ_PATCH_DEBUG": debug})
-    for outcome in ended(row, warm):
+    for outcome in ended(row):
         assert outcome.error == "", outcome.log[-3000:]
         assert outcome.result["text"] == "" and outcome.result["exchanges"] == 4
+
+
+def test_a_running_rank_reads_no_pickle_starts_no_program_writes_no_file() -> None:
+    launch.run(2, audited, seconds=60, env=ON)
+
+
+# -- in a rank: two sharded layers, two forward passes, and one fault on one rank -------------
+
+NAMES = ("model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj")
+_open = contextlib.ExitStack()
+
+
+def play(dp: int, fault: str = "", odd: int = 1, timeout: int = 0) -> dict[str, Any]:
+    """In a rank: return what ended it, and seconds from the creation of groups to its end.
+
+    fault: what goes wrong on rank `odd`; timeout: vLLM's timeout for its groups, in seconds.
+    """
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    # The seams import it when the first group is created; seconds are counted without that.
+    importlib.import_module("vllm.model_executor.models.deepseek_v2")
+    mine = int(os.environ["RANK"]) == odd
+    if mine and fault:
+        _before_groups(fault)
+    started = time.monotonic()
+    try:
+        _open.enter_context(world())
+        config = _open.enter_context(model_groups(dp, config=_config(timeout)))
+        exchanges = _forwards(dp, fault if mine else "", config)
+        _open.close()
+    except RuntimeError as error:
+        # Without tearing down, like a worker of vLLM that failed: its executor ends it.
+        return {
+            "kind": type(error).__name__,
+            "text": str(error),
+            "seconds": time.monotonic() - started,
+        }
+    return {"kind": "", "text": "", "seconds": time.monotonic() - started, "exchanges": exchanges}
+
+
+def _config(timeout: int) -> Any:
+    from vllm.config import ParallelConfig
+
+    config = configuration()
+    config.parallel_config = ParallelConfig(
+        distributed_timeout_seconds=timeout or None,
+        cpu_distributed_timeout_seconds=timeout or None,
+    )
+    return config
+
+
+def _before_groups(fault: str) -> None:
+    if fault == "package":
+        from oproj_patch import hosts
+
+        hosts.__version__ = "9.9.9"
+    elif fault == "host":
+        import vllm
+
+        vllm.__version__ = "0.31.0"
+    elif fault == "untested":
+        import vllm
+
+        vllm.__version__ = "0.99.0"
+    elif fault == "symbol":
+        from vllm.model_executor.models import deepseek_v2
+
+        del deepseek_v2.DeepseekV2Attention
+    elif fault == "kill before":
+        from oproj_patch import otp_group
+
+        otp_group.create = _kill  # type: ignore[assignment]
+
+
+def _forwards(dp: int, fault: str, config: Any) -> int:
+    import oproj_patch
+
+    hidden = 24 if fault == "layers" else 20
+    layers = [build(name, hidden, 48, bias=False) for name in NAMES]
+    for layer in layers:
+        layer.weight.data.fill_(1.0)
+        layer.quant_method.process_weights_after_loading(layer)
+    if not oproj_patch.status().enabled:
+        # What vLLM does next in a rank that knows nothing of the others' wish.
+        from vllm.distributed import get_dp_group
+
+        torch.distributed.all_reduce(torch.ones(1), group=get_dp_group().cpu_group)
+    for step in range(2):
+        if step == 1:
+            _between_steps(fault)
+        rows = 5 if fault == "rows" and step == 1 else 3
+        with _told(dp, fault if step == 1 else "", config), torch.inference_mode():
+            for layer in reversed(layers) if fault == "order" and step == 1 else layers:
+                output, _ = layer(torch.ones(rows, 48))
+                assert output.shape == (rows, hidden) and bool((output == 48.0).all())
+    return oproj_patch.status().exchanges
+
+
+def _between_steps(fault: str) -> None:
+    if fault == "kill between":
+        _kill()
+    elif fault == "kill during":
+        time.sleep(1.5)  # the others are inside their exchange by then
+        _kill()
+    elif fault == "stuck":
+        time.sleep(300)
+    elif fault == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@contextlib.contextmanager
+def _told(dp: int, fault: str, config: Any) -> Iterator[None]:
+    """vLLM's own forward context, with the row counts it announces."""
+    from vllm.forward_context import set_forward_context
+
+    counts = torch.full((dp,), 3, dtype=torch.int32)
+    if fault == "told":
+        counts[0] = 4
+    with set_forward_context(None, config, num_tokens=3, num_tokens_across_dp=counts):
+        yield
+
+
+def _kill(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def audited() -> None:
+    """In a rank: two forward passes, in which the package writes, starts and unpickles nothing."""
+    events: list[str] = []
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open":
+            writes = args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        else:
+            writes = event in ("pickle.find_class", "subprocess.Popen", "os.system", "os.mkdir")
+        if writes and _is_ours(sys._getframe(1)):
+            events.append(f"{event} {args}")
+
+    sys.addaudithook(hook)
+    assert play(2)["exchanges"] == 4
+    assert events == []
+    # As if a module of the package wrote a file.
+    exec("import os; os.close(os.open(os.devnull, os.O_WRONLY))", {"__name__": "oproj_patch.x"})
+    assert len(events) == 1, "the hook notices nothing"
+
+
+def _is_ours(frame: Any) -> bool:
+    """Whether the package, rather than vLLM or this test, comes first on the way out."""
+    while frame is not None:
+        owner = frame.f_globals.get("__name__", "").partition(".")[0]
+        if owner in ("oproj_patch", "vllm", "tests"):
+            return bool(owner == "oproj_patch")
+        frame = frame.f_back
+    return False

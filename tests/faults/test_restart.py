@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import resource
 import signal
+import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from oproj_patch.cli import demo_model, engines
-from tests import ranks
 from tests.faults import engine
+from tests.ranks import launch
 
 TIMES = 10
 MIB = 1 << 20
@@ -27,27 +31,70 @@ def test_engines_come_and_go() -> None:
         "VLLM_HOST_IP": "127.0.0.1",
         "HF_HUB_OFFLINE": "1",
     }
-    told = ranks.run(
-        2,
-        "tests.faults.bodies:engines",
-        {
-            "options": config.engine_options(),
-            # vLLM takes a port for each of its groups, from this one on.
-            "dp_ports": list(range(first, first + 20 * TIMES, 20)),
-        },
-        env=env,
-        seconds=420,
-    )
-    for lives in told:
-        for life in lives:
+    # vLLM takes a port for each of its groups, from this one on.
+    ports = list(range(first, first + 20 * TIMES, 20))
+    told = launch.run(2, lives, config.engine_options(), ports, env=env, fresh=True, seconds=420)
+    for of_rank in told:
+        for life in of_rank:
             print(life)
             assert life["layers"] == demo_model.NUM_LAYERS and life["exchanges"] > 0
-            assert life["tokens"] == lives[0]["tokens"]
+            assert life["tokens"] == of_rank[0]["tokens"]
             assert (life["ranks"], life["groups"], life["objects"]) == ([], 0, 0)
         for what in ("files", "threads"):
-            assert lives[-1][what] <= max(life[what] for life in lives[:2]), what
-        sizes = [life["rss"] for life in lives]
+            assert of_rank[-1][what] <= max(life[what] for life in of_rank[:2]), what
+        sizes = [life["rss"] for life in of_rank]
         assert max(sizes[TIMES // 2 :]) - max(sizes[: TIMES // 2]) < 8 * MIB
+
+
+def lives(options: dict[str, Any], dp_ports: list[int]) -> list[dict[str, Any]]:
+    """In a rank: start an engine in this process, use it, end it; once for each of `dp_ports`.
+
+    options: of `vllm.LLM`; dp_ports: where the data-parallel ranks meet. Each time: its tokens,
+    seconds, layers and exchanges; and what is left of it: `ranks` of the otp group, torch process
+    `groups`, `objects` that are otp groups, `rss` in resident bytes, open `files`, `threads`.
+    """
+    import torch
+    from vllm import LLM, SamplingParams
+
+    import oproj_patch
+    from oproj_patch import otp_group
+
+    rank = os.environ["RANK"]
+    # vLLM has a world of its own for the engines of each time.
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    os.environ.update(
+        VLLM_DP_RANK=rank, VLLM_DP_RANK_LOCAL=rank, VLLM_DP_SIZE="2", VLLM_DP_MASTER_IP="127.0.0.1"
+    )
+    greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    told = []
+    for port in dp_ports:
+        os.environ["VLLM_DP_MASTER_PORT"] = str(port)
+        started = time.monotonic()
+        llm = LLM(**options, distributed_executor_backend="uni")
+        output = llm.generate(["At dusk"], greedy, use_tqdm=False)[0].outputs[0]
+        status = oproj_patch.status()
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        # What the C library keeps of freed memory depends on how its threads came to run.
+        ctypes.CDLL(None).malloc_trim(0)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        told.append(
+            {
+                "seconds": time.monotonic() - started,
+                "tokens": list(output.token_ids),
+                "layers": status.layers,
+                "exchanges": status.exchanges,
+                "ranks": oproj_patch.status().otp_ranks,
+                "groups": len(torch.distributed.distributed_c10d._world.pg_map),
+                "objects": sum(type(x) is otp_group.OtpGroup for x in gc.get_objects()),
+                "rss": pages * resource.getpagesize(),
+                "files": len(os.listdir("/proc/self/fd")),  # noqa: PTH208
+                "threads": len(os.listdir("/proc/self/task")),  # noqa: PTH208
+            }
+        )
+    return told
 
 
 def test_a_running_server_reloads_its_weights_sleeps_and_ends() -> None:

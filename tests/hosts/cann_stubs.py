@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from importlib import util
 from pathlib import Path
 
-from . import overlay
+from . import wheels
 
 # Everything is defined in the first; the others only have to exist.
 _LIBRARIES = (
@@ -56,13 +56,13 @@ def ensure() -> Path:
     Raises:
         RuntimeError: gcc or nm is missing or fails.
     """
-    torch_npu = overlay.store("torch-npu", overlay.torch_version())
+    torch_npu = wheels.store("torch-npu", wheels.torch_version())
     if torch_npu is None:
         raise RuntimeError(
             "torch-npu is installed in the base environment, which must be a CPU one; "
             "run these tests in an environment without it"
         )
-    return overlay.stored(f"cann-stubs-{torch_npu.name}", lambda new: _build(torch_npu, new))
+    return wheels.stored(f"cann-stubs-{torch_npu.name}", lambda new: _build(torch_npu, new))
 
 
 def undefined(torch_npu: Path) -> list[str]:

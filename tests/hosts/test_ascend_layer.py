@@ -1,365 +1,435 @@
-"""vllm-ascend's real packages on a CPU: sharded layers, idle ranks, quantization.
+"""vllm-ascend's real packages on a CPU: sharded layers, idle ranks, quantization, drafters.
 
-Each test runs two real ranks over gloo in children with that release's overlays. What of the
-NPU is stood in for is in `tests/bodies/ascend.py` and `ascend_kernels.py`; names of tests that
-stand in for arithmetic kernels say so.
+One start of two real ranks over gloo for each release runs the parts that are tests here. What of
+the NPU is stood in for is in `ascend.py` and `ascend_kernels.py`; names of tests that stand in for
+arithmetic kernels say so.
 """
 
 from __future__ import annotations
 
-import functools
-import re
-from collections.abc import Callable
+import importlib
+import importlib.util
+import os
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from oproj_patch.releases import ASCEND_RELEASES
-from tests import ranks
-from tests.bodies import ascend
-from tests.hosts.overlay import Host, environment
+from tests.ranks import launch
+from tests.ranks.layers import whole
 
-RELEASES = tuple(ASCEND_RELEASES)
+from . import ascend
+from .ascend import changed, check_attention, check_steps, forward_context, own_part, refused
+from .ascend_drafter import draft_checkpoint, proposer_of
+from .ascend_kernels import kernels, kernels_stood_in, quantization_kernels
+from .parts import Parts, Ran
+from .wheels import Host
+
+RELEASES = [Host("ascend", release) for release in ASCEND_RELEASES]
 NEWEST = RELEASES[-1]
-TORCHAIR = ("0.9.1", "0.11.0")
-SPARSE = ("0.13.0", "0.18.0", "0.23.0")
-MODELS = {"sparse": {**ascend.DEEPSEEK, **ascend.SPARSE}, "qwen": ascend.QWEN}
+SPARSE = [host for host in RELEASES if host.version in ("0.13.0", "0.18.0", "0.23.0")]
+MODELS = {
+    "deepseek": ascend.DEEPSEEK,
+    "sparse": {**ascend.DEEPSEEK, **ascend.SPARSE},
+    "qwen": ascend.QWEN,
+}
 SECONDS = 400
 # Rows by step and rank: a profile run, both working, one idle, the other idle, both idle.
 PLAN = [[-6, -6], [3, 5], [4, 0], [0, 2], [0, 0]]
-# Rows of one request by pass and rank, drafted for; 0 is an idle rank.
-DRAFTS = [[4, 4], [4, 0], [0, 4], [4, 8]]
-KINDS = ["W8A8", "W8A8_DYNAMIC", "W4A8_DYNAMIC"]
 
-Results = list[dict[str, Any]]
+part = Parts(RELEASES)
 
 
-def on(*releases: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("host", [Host("ascend", r) for r in releases], ids=str)
+@dataclass
+class Here:
+    """Where a part runs: the release, models by name; vLLM's configuration, the first model."""
+
+    host: Host
+    models: dict[str, str]
+    config: Any = None
+    built: Any = None
 
 
-def option(host: Host) -> dict[str, Any]:
-    """vllm-ascend's own option, where this release reads it (0.9.1 has none)."""
-    size = {"oproj_tensor_parallel_size": 2}
-    return size if host.version in ("0.9.1", "0.11.0") else {"finegrained_tp_config": size}
+@pytest.fixture(scope="module")
+def host(request: pytest.FixtureRequest) -> Host:
+    found: Host = request.param
+    return found
 
 
-def outcomes_of(
-    host: Host,
-    world: int,
-    body: str,
-    size: int | str,
-    directory: Path,
-    described: dict[str, Any] = ascend.DEEPSEEK,
-    **args: Any,
-) -> list[ranks.Outcome]:
-    arguments = {"model": ascend.write_model(directory / "model", described), **args}
-    env = {**environment(host, {}), "OPROJ_TENSOR_PARALLEL_SIZE": str(size)}
-    if host.version == "0.9.1":
-        env["VLLM_USE_V1"] = "1"  # not the default there on an NPU
-    return ranks.outcomes_of(
-        world, f"tests.bodies.ascend_{body}", arguments, seconds=SECONDS, env=env
+@pytest.fixture(scope="module")
+def ran(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """The parts of a release, with the toggle `auto` and vllm-ascend's own option."""
+    directory = tmp_path_factory.mktemp(str(host))
+    models = {name: ascend.write_model(directory / name, MODELS[name]) for name in MODELS}
+    started = time.monotonic()
+    told = launch.run(
+        2,
+        all_parts,
+        Here(host, models),
+        env=ascend.variables(host, "auto"),
+        fresh=True,
+        seconds=SECONDS,
     )
+    return Ran(told, time.monotonic() - started)
 
 
-def run(
-    host: Host, body: str, size: int | str, directory: Path, tp: int = 1, **args: Any
-) -> Results:
-    given = args if tp == 1 else {**args, "tp": tp}
-    return results(outcomes_of(host, 2 * tp, body, size, directory, dp=2, **given))
+def all_parts(here: Here) -> dict[str, str]:
+    """In a rank: build the first model, run every part."""
+    option = ascend.option(here.host.version)
+    with ascend.worker(here.models["deepseek"], 2, additional_config=option) as here.config:
+        kernels()
+        quantization_kernels()
+        here.built = ascend.build(here.config)
+        return part.run(here.host, here)
 
 
-def results(outcomes: list[ranks.Outcome]) -> Results:
-    for outcome in outcomes:
-        assert not outcome.error, f"rank {outcome.rank}: {outcome.error}\n{outcome.log[-4000:]}"
-    return [outcome.result for outcome in outcomes]
+@part()
+def test_auto_serves_the_built_in_option_and_hides_it(here: Here) -> None:
+    from vllm_ascend.ascend_config import get_ascend_config
+
+    import oproj_patch
+
+    theirs = get_ascend_config()
+    theirs = getattr(theirs, "finegrained_tp_config", theirs)
+    assert getattr(theirs, "oproj_tensor_parallel_size", None) in (None, 0)
+    kept = here.config.additional_config
+    assert kept == ascend.option(here.host.version) | kept
+    status = oproj_patch.status()
+    assert (status.size, list(status.otp_ranks), status.layers) == (2, [0, 1], 2)
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Host], Results]:
-    """Results by rank of one start of a release's processes, with the toggle `auto`."""
-
-    @functools.cache
-    def once(host: Host) -> list[ranks.Outcome]:
-        directory = tmp_path_factory.mktemp(str(host))
-        others = ["sparse"] * (host.version in SPARSE) + ["qwen"] * (host.version == NEWEST)
-        return outcomes_of(
-            host,
-            2,
-            "host:host",
-            "auto",
-            directory,
-            dp=2,
-            plan=PLAN,
-            kinds=KINDS,
-            drafts=DRAFTS if host.version == NEWEST else None,
-            others={name: ascend.write_model(directory / name, MODELS[name]) for name in others},
-            additional_config=option(host),
-        )
-
-    return lambda host: results(once(host))
-
-
-@on(*RELEASES)
-def test_auto_serves_the_built_in_option_and_hides_it(
-    host: Host, seen: Callable[[Host], Results]
-) -> None:
-    for result in seen(host):
-        assert result["option_seen_by_host"] in (None, 0)
-        assert result["option_kept"] == option(host) | result["option_kept"]
-        assert result["size"] == 2 and result["ranks"] == [0, 1] and result["layers"] == 2
-
-
-@on(*RELEASES)
-def test_model_with_idle_ranks_and_profile_run(host: Host, seen: Callable[[Host], Results]) -> None:
+@part()
+def test_model_with_idle_ranks_and_profile_run(here: Here) -> None:
     """vllm-ascend's DeepSeek: constructed, loaded, run; the kernels inside attention stood in."""
+    import oproj_patch
+
     # To import the V3.2 of 0.11.0 would exchange the attention of this DeepSeek too.
-    for result in seen(host):
-        assert not [symbol for symbol in result["seams"] if "deepseek_v3_2" in symbol]
+    assert not [symbol for symbol in oproj_patch.status().seams if "deepseek_v3_2" in symbol]
     # Without metadata 0.9.1 itself returns what happened to be in memory.
-    _equal([result["steps"] for result in seen(host)], "AscendMLAImpl", host.version != "0.9.1")
+    idle = here.host.version != "0.9.1"
+    check_steps(here.config, here.built, "AscendMLAImpl", PLAN, idle)
 
 
-def _equal(told: Results, attention: str, idle: bool = True) -> None:
-    """Every rank's output is that of the unsharded model, in every step of the plan."""
-    for rank, steps in enumerate(told):
-        assert "error_raised" not in steps, steps
-        assert steps["attention"] == attention
-        assert steps["shapes"] == [[64, 256 // len(told)]] * 2
-        assert steps["exact"] == [True, True]
-        assert steps["exchanges"] == len(PLAN) * 2
-        for counts, error, scale in zip(PLAN, steps["errors"], steps["scales"], strict=True):
-            if idle or counts[rank * 2 // len(told)] > 0:
-                assert error <= 5e-6 * scale
+@part()
+def test_w8a8_static_with_a_stand_in_for_npu_quant_matmul(here: Here) -> None:
+    layer, error, scale = _quantized(here.config, "W8A8", 10, [32, 128])
+    assert type(layer.quant_method.quant_method).__name__ == "AscendW8A8LinearMethod"
+    # Integers are exact; what differs is the rounding of two bfloat16 partial results.
+    assert error <= 8e-3 * scale
 
 
-@on(*RELEASES)
-def test_w8a8_static_with_a_stand_in_for_npu_quant_matmul(
-    host: Host, seen: Callable[[Host], Results]
-) -> None:
-    for result in seen(host):
-        layer = result["W8A8"]
-        assert layer["method"] == "AscendW8A8LinearMethod"
-        assert layer["shapes"]["weight"] == [32, 128]
-        assert all(layer["exact"].values()), layer["exact"]
-        # Integers are exact; what differs is the rounding of two bfloat16 partial results.
-        assert layer["error"] <= 8e-3 * layer["scale"]
-
-
-@on(*RELEASES)
+@part()
 def test_w8a8_dynamic_with_stand_ins_for_npu_dynamic_quant_and_npu_quant_matmul(
-    host: Host, seen: Callable[[Host], Results]
+    here: Here,
 ) -> None:
-    for result in seen(host):
-        layer = result["W8A8_DYNAMIC"]
-        assert layer["method"] == "AscendW8A8DynamicLinearMethod"
-        assert layer["shapes"]["weight"] == [32, 128]
-        assert all(layer["exact"].values()), layer["exact"]
-        # Each rank scales its own part of a row, as under ordinary tensor parallelism.
-        assert layer["error"] <= 2e-2 * layer["scale"]
+    layer, error, scale = _quantized(here.config, "W8A8_DYNAMIC", 11, [32, 128])
+    assert type(layer.quant_method.quant_method).__name__ == "AscendW8A8DynamicLinearMethod"
+    # Each rank scales its own part of a row, as under ordinary tensor parallelism.
+    assert error <= 2e-2 * scale
 
 
-@on(*RELEASES)
-def test_w4a8_with_a_stand_in_for_npu_weight_quant_batchmatmul(
-    host: Host, seen: Callable[[Host], Results]
-) -> None:
-    for result in seen(host):
-        layer = result["W4A8_DYNAMIC"]
-        assert layer["method"] == "AscendW4A8DynamicLinearMethod"
-        assert layer["shapes"]["weight"] == [32, 128]
-        assert layer["shapes"]["weight_scale_second"] == [32, 4]
-        assert all(layer["exact"].values()), layer["exact"]
-        assert layer["error"] <= 8e-3 * layer["scale"]
+@part()
+def test_w4a8_with_a_stand_in_for_npu_weight_quant_batchmatmul(here: Here) -> None:
+    layer, error, scale = _quantized(
+        here.config, "W4A8_DYNAMIC", 12, [32, 128], weight_scale_second=[32, 4]
+    )
+    assert type(layer.quant_method.quant_method).__name__ == "AscendW4A8DynamicLinearMethod"
+    assert error <= 8e-3 * scale
 
 
-@pytest.fixture(scope="module")
-def refused(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Host], dict[str, str]]:
-    """Sentences of one process of a release, with the toggle 4, by what was asked for."""
-
-    @functools.cache
-    def once(host: Host) -> list[ranks.Outcome]:
-        directory = tmp_path_factory.mktemp(str(host))
-        return outcomes_of(host, 1, "refusals:alone", 4, directory, option=option(host))
-
-    return lambda host: results(once(host))[0]
-
-
-Refused = Callable[[Host], dict[str, str]]
+def _quant_config(description: dict[str, Any]) -> Any:
+    try:
+        from vllm_ascend.quantization.modelslim_config import AscendModelSlimConfig as config
+    except ImportError:
+        from vllm_ascend.quantization.quant_config import AscendQuantConfig as config
+    made = config(description)
+    # As vLLM's loader does from the model's class.
+    made.packed_modules_mapping = {}
+    return made
 
 
-@on(*RELEASES)
-def test_a_number_beside_the_built_in_option_is_refused(host: Host, refused: Refused) -> None:
-    sentence = refused(host)["both"]
-    assert sentence.startswith("OPROJ016: OPROJ_TENSOR_PARALLEL_SIZE is 4")
-    assert "oproj_tensor_parallel_size is 2" in sentence
+def _quantized(
+    config: Any, kind: str, place: int, weight: list[int], **shapes: list[int]
+) -> tuple[Any, float, float]:
+    """Return the sharded layer; its largest error from, and the scale of, the unsharded one.
+
+    Both are of vllm-ascend's quant method. The unsharded one has a name that is no o_proj's.
+    Tensors go through each parameter's own weight loader, and are checked bit for bit; `weight`
+    and `shapes` are shapes of the sharded layer's parameters, before processing.
+    """
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    columns, hidden = 256, 32
+    names = [f"model.layers.{place}.self_attn.o_proj", f"model.layers.{place}.mlp.down_proj"]
+    description = {f"{name}.weight": kind for name in names}
+    config.quant_config = _quant_config({**description, "group_size": 32})
+    layer, unsharded = (
+        RowParallelLinear(
+            columns,
+            hidden,
+            bias=False,
+            quant_config=config.quant_config,
+            prefix=name,
+            params_dtype=torch.bfloat16,
+        )
+        for name in names
+    )
+    mine = config.parallel_config.data_parallel_rank
+    tp = config.parallel_config.tensor_parallel_size
+    for seed, (name, parameter) in enumerate(unsharded.named_parameters()):
+        cut = getattr(parameter, "input_dim", None) is not None
+        own = dict(layer.named_parameters())[name]
+        full = _drawn(
+            name,
+            (parameter.shape[0], *[n * tp if cut else n for n in parameter.shape[1:]]),
+            parameter.dtype,
+            seed,
+        )
+        own.weight_loader(own, full)
+        parameter.weight_loader(parameter, full)
+        part = own_part(full, config) if cut else full
+        assert torch.equal(own.data, part.view_as(own.data)), name
+    found = {name: list(parameter.shape) for name, parameter in layer.named_parameters()}
+    assert found == found | {"weight": weight} | shapes
+    for target in (layer, unsharded):
+        target.quant_method.process_weights_after_loading(target)
+    x = whole(3 + 2 * mine, columns, torch.bfloat16, seed=50 + mine) * 4
+    x = x.chunk(tp, 1)[int(os.environ["RANK"]) % tp].contiguous()
+    with torch.inference_mode():
+        output = layer(x)[0]
+        expected = unsharded(x)[0]
+    return layer, float((output - expected).abs().max()), float(expected.abs().max())
 
 
-# What is asked for: how the sentence names it, the releases that refuse it, and the remedy.
-REFUSALS: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "xlite": ("additional_config.xlite_graph_config.enabled", RELEASES, "disable one"),
-    "layer_sharding": ("additional_config.layer_sharding ['o_proj']", RELEASES, "out of the list"),
-    "prefill": ("prefill_context_parallel_size 2", RELEASES, "set it to 1"),
-    "decode": ("decode_context_parallel_size 2", RELEASES, "set it to 1"),
-    "VLLM_USE_V2_MODEL_RUNNER": ("VLLM_USE_V2_MODEL_RUNNER", RELEASES, "unset one"),
-    "VLLM_ASCEND_ENABLE_DBO": ("VLLM_ASCEND_ENABLE_DBO", RELEASES, "unset one"),
-    "eagle": ("speculative decoding by eagle", ("0.11.0",), "num_speculative_tokens to 1"),
-    "first engine": ("VLLM_USE_V1=0", ("0.9.1",), "set VLLM_USE_V1=1"),
-    "own graphs": ("ACL graphs of vllm-ascend 0.9.1", ("0.9.1",), "use --enforce-eager"),
-    "full graphs": ("graph", TORCHAIR, "accepted are|use --enforce-eager"),
-    "full graphs, drafter": ("graph", RELEASES, "accepted are|use --enforce-eager"),
-    "shared experts": ("enable_shared_expert_dp with torchair", ("0.11.0",), "disable one"),
-    "nothing": ("", (), ""),
-}
+def _drawn(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Return a full tensor for a quantized layer's parameter, the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    if name == "weight":
+        return torch.randint(-8, 8, shape, generator=generator).to(torch.int8)
+    if name == "quant_bias":
+        # Large: added once too often or not at all, it could not be missed.
+        return torch.randint(2000, 4000, shape, generator=generator).to(torch.int32)
+    if "offset" in name:
+        return torch.zeros(shape, dtype=dtype)
+    return (torch.rand(shape, generator=generator) * 0.05 + 0.01).to(dtype)
 
 
-@on(*RELEASES)
-def test_configurations_are_refused_by_name_with_a_remedy(host: Host, refused: Refused) -> None:
-    told = refused(host)
-    for asked, (name, releases, remedy) in REFUSALS.items():
-        if host.version not in releases:
-            assert told[asked] == "", asked
-            continue
-        assert told[asked].startswith("OPROJ015: OPROJ_TENSOR_PARALLEL_SIZE is set together with")
-        assert name in told[asked], asked
-        assert re.search(remedy, told[asked]), told[asked]
-
-
-@on(*RELEASES[1:])
-def test_layers_are_refused_by_name_with_a_remedy(
-    host: Host, seen: Callable[[Host], Results]
-) -> None:
-    name = "model.layers.30.self_attn.o_proj"
-    for result in seen(host):
-        told = result["refused"]
-        assert "error_raised" not in told, told
-        assert (told["nothing"], told["sequence parallel without TP"], told["left"]) == (
-            "", "", "None",
-        )  # fmt: skip
-        for asked, code, wanted in (
-            ("its own o_proj", "OPROJ015", f"runs {name} through its own OProjRowParallelOp"),
-            ("sequence parallel", "OPROJ015", "its own SequenceRowParallelOp (tensor-parallel siz"),
-            ("half a group", "OPROJ005", f"leaves 40 input columns of {name} on a rank"),
-            ("flatquant", "OPROJ015", "AscendW4A4FlatQuantDynamicLinearMethod, whose transforms"),
-        ):
-            assert told[asked].startswith(f"{code}: OPROJ_TENSOR_PARALLEL_SIZE is ")
-            assert wanted in told[asked], told[asked]
-
-
-@on(*RELEASES)
-def test_another_vllm_is_refused(host: Host, refused: Refused) -> None:
-    wanted = f"requested vllm {host.vllm} for vllm-ascend {host.version}, found vllm 0.12.0"
-    assert refused(host)["pair"].startswith(f"OPROJ009: {wanted}")
-
-
-@on(*RELEASES)
-def test_a_symbol_that_is_gone_is_named_and_nothing_is_patched(
-    host: Host, refused: Refused
-) -> None:
-    told = refused(host)
-    assert told["symbol"].startswith("OPROJ008: vllm_ascend.attention.mla_v1.AscendMLAImpl.forward")
-    assert told["host"].startswith(f"vllm-ascend {host.version} on vllm {host.vllm}")
-    for wanted in (told["host"], "cannot be found", "vllm_ascend/attention/mla_v1.py, "):
-        assert wanted in told["symbol"]
-    assert told["patched"] == ""
-
-
-@on(*RELEASES)
-def test_steps_of_a_drafter_with_other_rows_in_one_forward_context(
-    host: Host, seen: Callable[[Host], Results]
-) -> None:
+@part()
+def test_steps_of_a_drafter_with_other_rows_in_one_forward_context(here: Here) -> None:
     """The layer alone: vllm-ascend's proposers are not run."""
-    for result in seen(host):
-        assert result["drafter"]["exchanges"] == len(result["drafter"]["errors"]) == 3
-        assert max(result["drafter"]["errors"]) <= 5e-6
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    import oproj_patch
+
+    rows = [[3, 5], [2, 1], [1, 4]]
+    layer = RowParallelLinear(256, 64, bias=False, prefix="model.layers.40.self_attn.o_proj")
+    weight = whole(64, 256, torch.float32, seed=3)
+    layer.weight.weight_loader(layer.weight, weight)
+    mine = here.config.parallel_config.data_parallel_rank
+    before = oproj_patch.status().exchanges
+    with torch.inference_mode(), forward_context(here.config, rows[0][mine], None):
+        for step, counts in enumerate(rows):
+            x = whole(counts[mine], 256, torch.float32, seed=10 * step + mine)
+            assert float((layer(x)[0] - x @ weight.t()).abs().max()) <= 5e-6
+    assert oproj_patch.status().exchanges - before == 3
 
 
-@on(NEWEST)
-def test_proposer_drafts_as_often_on_an_idle_rank(
-    host: Host, seen: Callable[[Host], Results]
-) -> None:
-    """The real MTP model under vllm-ascend's own loop over three drafted tokens."""
-    for rank, result in enumerate(seen(host)):
-        told = result["proposer"]
-        assert "error_raised" not in told, told
-        assert told["shape"] == [64, 128]
-        assert (told["exchanges"], told["unsharded exchanges"]) == ([3] * len(DRAFTS), 0)
-        assert len(told["errors"]) == sum(counts[rank] > 0 for counts in DRAFTS)
-        assert max(told["errors"]) <= 5e-6
-        assert all(len(drafted[0]) == 3 and drafted == same for drafted, same in told["tokens"])
+@part(*RELEASES[1:])
+def test_layers_are_refused_by_name_with_a_remedy(here: Here) -> None:
+    """The check of a new layer, when the release had chosen otherwise for it."""
+    from vllm.model_executor.layers.linear import RowParallelLinear
+    from vllm_ascend.ops import linear_op
+
+    from oproj_patch.seams import vllm_ascend
+
+    config = here.config
+    name = "model.layers.30.self_attn.o_proj"
+    config.quant_config = _quant_config({f"{name}.weight": "W4A8_DYNAMIC", "group_size": 32})
+    layer = RowParallelLinear(256, 32, bias=False, quant_config=config.quant_config, prefix=name)
+
+    def told(wanted: str, code: str = "OPROJ015") -> None:
+        sentence = refused(lambda: vllm_ascend._check_layer(layer))
+        if not wanted:
+            assert sentence == ""
+        assert sentence.startswith(f"{code}: OPROJ_TENSOR_PARALLEL_SIZE is " if wanted else "")
+        assert wanted in sentence, sentence
+
+    def chosen(operator: str, tp: int, wanted: str) -> None:
+        kind = getattr(linear_op, operator)
+        layer.custom_op = kind.__new__(kind)
+        with changed(layer.oproj.group, "tp_size", tp):
+            told(wanted)
+
+    told("")
+    chosen("OProjRowParallelOp", 1, f"runs {name} through its own OProjRowParallelOp")
+    chosen("SequenceRowParallelOp", 2, "its own SequenceRowParallelOp (tensor-parallel siz")
+    chosen("SequenceRowParallelOp", 1, "")
+    assert layer.custom_op is None
+    layer.input_size_per_partition = 40
+    told(f"leaves 40 input columns of {name} on a rank", "OPROJ005")
+    layer.input_size_per_partition = 128
+    module = next(
+        name
+        for name in ("methods.w4a4_flatquant", "w4a4_flatquant_dynamic")
+        if importlib.util.find_spec(f"vllm_ascend.quantization.{name.split('.')[0]}")
+    )
+    flat = importlib.import_module(f"vllm_ascend.quantization.{module}")
+    kind = flat.AscendW4A4FlatQuantDynamicLinearMethod
+    layer.quant_method.quant_method = kind.__new__(kind)
+    told("AscendW4A4FlatQuantDynamicLinearMethod, whose transforms")
 
 
-@on(*SPARSE)
-def test_sparse_attention_with_idle_ranks_and_profile_run(
-    host: Host, seen: Callable[[Host], Results]
-) -> None:
+@part(NEWEST)
+def test_proposer_drafts_as_often_on_an_idle_rank(here: Here) -> None:
+    """The real MTP model under vllm-ascend's own loop over three drafted tokens.
+
+    An idle rank's proposer runs its own dummy pass. The unsharded model drafts the same.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import base_loader
+
+    import oproj_patch
+
+    steps = 3
+    # Rows of one request by pass and rank, drafted for; 0 is an idle rank.
+    plan = [[4, 4], [4, 0], [0, 4], [4, 8]]
+    config = ascend.configured(
+        here.models["deepseek"],
+        2,
+        speculative_config={"method": "mtp", "num_speculative_tokens": steps},
+        additional_config=ascend.option(here.host.version),
+    )
+    with set_current_vllm_config(config):
+        draft = config.speculative_config.draft_model_config
+        built = base_loader.initialize_model(config, model_config=draft)
+        built.load_weights(draft_checkpoint(draft.hf_config))
+        block = built.model.layers[str(draft.hf_config.num_hidden_layers)].mtp_block
+        attentions = [module for module in built.modules() if hasattr(module, "impl")]
+        for module in attentions:
+            kernels_stood_in(module)
+        proposer = proposer_of(config, built)
+        mine = config.parallel_config.data_parallel_rank
+
+        def run(rows: int) -> Any:
+            """Return the drafted tokens and what the last step was given; None on an idle rank."""
+            proposer.input_ids.copy_(torch.arange(16) % 8)
+            proposer.positions.copy_(torch.arange(16))
+            proposer.hidden_states.copy_(whole(16, 64, torch.float32, seed=5))
+            with torch.inference_mode():
+                if not rows:
+                    proposer.dummy_run(1)
+                    return None
+                layers = {module.layer_name: ascend.metadata(rows) for module in attentions}
+                with forward_context(config, rows, layers):
+                    drafted = proposer._run_merged_draft(
+                        num_input_tokens=rows,
+                        batch_size=1,
+                        token_indices_to_sample=torch.tensor([rows - 1]),
+                        target_positions=None,
+                        inputs_embeds=None,
+                        multi_steps_attn_metadata=[layers] * steps,
+                        num_tokens=rows,
+                    )
+            return drafted.tolist(), proposer.hidden_states[0].clone()
+
+        outputs = []
+        for counts in plan:
+            before = oproj_patch.status().exchanges
+            outputs.append(run(counts[mine]))
+            assert oproj_patch.status().exchanges - before == steps
+        layer = block.self_attn.o_proj
+        assert layer.weight.shape == (64, 128)
+        full = dict(draft_checkpoint(draft.hf_config))
+        weight = next(full[name] for name in full if name.endswith("o_proj.weight"))
+        ascend.unsharded(layer, weight)
+        before = oproj_patch.status().exchanges
+        for counts, output in zip(plan, outputs, strict=True):
+            expected = run(counts[mine])
+            if counts[mine]:
+                assert output[0] == expected[0] and len(output[0][0]) == steps, output[0]
+                assert float((output[1] - expected[1]).abs().max()) <= 5e-6
+        assert oproj_patch.status().exchanges == before
+
+
+def _another(here: Here, name: str, attention: str) -> None:
+    """Check one more model in the same processes and groups."""
+    from vllm.config import set_current_vllm_config
+
+    option = ascend.option(here.host.version)
+    config = ascend.configured(here.models[name], 2, additional_config=option)
+    with set_current_vllm_config(config):
+        check_steps(config, ascend.build(config), attention, PLAN)
+
+
+@part(*SPARSE)
+def test_sparse_attention_with_idle_ranks_and_profile_run(here: Here) -> None:
     """DeepSeek V3.2; the kernels inside attention stood in."""
-    _equal([result["sparse"] for result in seen(host)], "AscendSFAImpl")
+    _another(here, "sparse", "AscendSFAImpl")
 
 
-@on("0.11.0")
+@part(NEWEST)
+def test_grouped_query_attention(here: Here) -> None:
+    """Qwen3-MoE, whose o_proj is called by the model and not by the attention."""
+    _another(here, "qwen", "AscendAttentionBackendImpl")
+
+
+@part(RELEASES[0])  # the last: it changes the release's configuration
+def test_scattering_linear(here: Here) -> None:
+    """o_proj under enable_prefill_optimizations: sharded without tensor parallelism only."""
+    from vllm_ascend.ascend_config import get_ascend_config
+    from vllm_ascend.models.deepseek_v2 import CustomDeepseekV2MLAAttention as attention
+
+    get_ascend_config().enable_prefill_optimizations = True
+    check_attention(here.config, attention, 20, "RowParallelScatterLinear", scatters=True)
+
+
+# -- starts of their own ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", [Host("ascend", "0.11.0")], indirect=True, ids=str)
 def test_sparse_attention_of_its_own_class(host: Host, tmp_path: Path) -> None:
     """The same in 0.11.0, whose V3.2 has o_proj and attention classes of its own."""
-    told = run(host, "host:host", 2, tmp_path, plan=PLAN, described=MODELS["sparse"])
-    for result in told:
-        assert {symbol.split(".")[-2] for symbol in result["seams"]} >= {
+    model = ascend.write_model(tmp_path, MODELS["sparse"])
+    env = ascend.variables(host, 2)
+    launch.run(2, sparse_of_its_own, model, env=env, fresh=True, seconds=SECONDS)
+
+
+def sparse_of_its_own(model: str) -> None:
+    import oproj_patch
+
+    with ascend.worker(model, 2) as config:
+        kernels()
+        quantization_kernels()
+        built = ascend.build(config)
+        assert {symbol.split(".")[-2] for symbol in oproj_patch.status().seams} >= {
             "CustomDeepseekV2RowParallelLinear",
             "CustomDeepseekV2SFAAttention",
         }
-    _equal([result["steps"] for result in told], "AscendSFAImpl")
+        check_steps(config, built, "AscendSFAImpl", PLAN)
 
 
-@on(NEWEST)
-def test_grouped_query_attention(host: Host, seen: Callable[[Host], Results]) -> None:
-    """Qwen3-MoE, whose o_proj is called by the model and not by the attention."""
-    _equal([result["qwen"] for result in seen(host)], "AscendAttentionBackendImpl")
-
-
-@on(NEWEST)
+@pytest.mark.parametrize("host", [NEWEST], indirect=True, ids=str)
 def test_two_tensor_parallel_ranks_and_quant_bias_once(host: Host, tmp_path: Path) -> None:
     """Four ranks: each weight is split four ways, and the static method adds its bias once."""
-    told = run(host, "host:host", 2, tmp_path, tp=2, plan=PLAN, kinds=["W8A8"])
-    _equal([result["steps"] for result in told], "AscendMLAImpl")
-    for rank, result in enumerate(told):
-        assert result["ranks"] == [rank % 2, rank % 2 + 2]
-        layer = result["W8A8"]
-        assert layer["shapes"]["weight"] == [32, 64]
-        assert all(layer["exact"].values()), layer["exact"]
-        assert layer["error"] <= 8e-3 * layer["scale"] < layer["bias"] / 4
+    model = ascend.write_model(tmp_path, ascend.DEEPSEEK)
+    env = ascend.variables(host, 2)
+    launch.run(4, two_tensor_parallel, model, env=env, fresh=True, seconds=SECONDS)
 
 
-@on("0.9.1")
-def test_scattering_linear(host: Host, seen: Callable[[Host], Results]) -> None:
-    """o_proj under enable_prefill_optimizations: sharded without tensor parallelism only."""
-    for result in seen(host):
-        _scattering(result["scattering"], "RowParallelScatterLinear")
+def two_tensor_parallel(model: str) -> None:
+    import oproj_patch
 
-
-def _scattering(layer: dict[str, Any], name: str) -> None:
-    assert "error_raised" not in layer, layer
-    assert (layer["class"], layer["sharded"], layer["shape"]) == (name, True, [64, 128])
-    assert layer["error"] <= 5e-6
-    assert layer["refusal"].startswith("OPROJ015")
-    assert f"is a {name}, which scatters its result over 2 tensor-parallel" in layer["refusal"]
-
-
-@on(*TORCHAIR)
-def test_torchair_traces_whole(host: Host, tmp_path: Path) -> None:
-    """fullgraph=True, as torchair does it; its compiler is replaced by torch's own backends."""
-    plain = "TorchairDeepseekV2RowParallelLinear" if host.version == "0.11.0" else None
-    for result in run(
-        host, "torchair:torchair", 2, tmp_path, compiled=[4, 8], prefills=[[3, 5], [4, 2]]
-    ):
-        assert result["classes"] == [plain or "RowParallelLinear"] * 2
-        assert result["shapes"] == [[64, 128]] * 2
-        assert result["exact"] == [True, True]
-        # One graph for both sizes; in it the two collectives of each layer, and not our op.
-        assert (result["graphs"], result["collectives"], result["exchanges"]) == (1, 4, 4)
-        for name in ("eager", "aot_eager", "outside"):
-            assert len(result[name]) == 2 and max(result[name]) <= 5e-6, name
-        if plain is None:
-            continue
-        for kind in ("MLA", "SFA"):
-            assert (result[kind]["class"], result[kind]["sharded"]) == (plain, True)
-            assert result[kind]["error"] <= 5e-6 and not result[kind]["refusal"]
-            _scattering(result[f"{kind} scattering"], f"{plain}ReplaceAllreduce")
+    tp_rank = int(os.environ["RANK"]) % 2
+    with ascend.worker(model, 2, 2) as config:
+        kernels()
+        quantization_kernels()
+        check_steps(config, ascend.build(config), "AscendMLAImpl", PLAN)
+        assert list(oproj_patch.status().otp_ranks) == [tp_rank, tp_rank + 2]
+        layer, error, scale = _quantized(config, "W8A8", 10, [32, 64])
+        # What the bias is worth in the result.
+        bias = float((layer.quant_bias.float() * layer.deq_scale.float()).abs().min())
+        assert error <= 8e-3 * scale < bias / 4

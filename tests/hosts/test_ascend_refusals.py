@@ -1,0 +1,195 @@
+"""vllm-ascend's configurations and releases that are refused, before any group exists.
+
+One process of each release runs the parts that are tests here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import re
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from oproj_patch.releases import ASCEND_RELEASES
+from tests.ranks import launch
+
+from . import ascend
+from .ascend import changed, refused
+from .parts import Parts, Ran
+from .wheels import Host
+
+RELEASES = tuple(ASCEND_RELEASES)
+TORCHAIR = ("0.9.1", "0.11.0")
+part = Parts([Host("ascend", release) for release in RELEASES])
+_open = contextlib.ExitStack()
+
+
+class Here:
+    """Where a part runs: the release, a model; `config`, as a worker has it."""
+
+    def __init__(self, host: Host, model: str) -> None:
+        self.host = host
+        self.model = model
+
+    @functools.cached_property
+    def config(self) -> Any:
+        from vllm.config import set_current_vllm_config
+
+        config = ascend.configured(self.model, 2)
+        ascend.import_worker()
+        from vllm_ascend import utils
+
+        utils.adapt_patch()
+        _open.enter_context(set_current_vllm_config(config))
+        return config
+
+
+@pytest.fixture(scope="module")
+def host(request: pytest.FixtureRequest) -> Host:
+    found: Host = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def ran(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """The parts of a release, with the toggle 4."""
+    model = ascend.write_model(tmp_path_factory.mktemp(str(host)))
+    started = time.monotonic()
+    env = ascend.variables(host, 4)
+    told = launch.run(1, all_parts, Here(host, model), env=env, fresh=True, seconds=400)
+    return Ran(told, time.monotonic() - started)
+
+
+def all_parts(here: Here) -> dict[str, str]:
+    """In a process: run every part."""
+    ascend.stand_in()
+    return part.run(here.host, here)
+
+
+@part()  # the first: no configuration exists yet
+def test_a_number_beside_the_built_in_option_is_refused(here: Here) -> None:
+    option = ascend.option(here.host.version)
+    sentence = refused(lambda: ascend.configured(here.model, 2, additional_config=option))
+    assert sentence.startswith("OPROJ016: OPROJ_TENSOR_PARALLEL_SIZE is 4")
+    assert "oproj_tensor_parallel_size is 2" in sentence
+
+
+# What is asked for: how the sentence names it, the releases that refuse it, and the remedy.
+REFUSALS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "xlite": ("additional_config.xlite_graph_config.enabled", RELEASES, "disable one"),
+    "layer_sharding": ("additional_config.layer_sharding ['o_proj']", RELEASES, "out of the list"),
+    "prefill": ("prefill_context_parallel_size 2", RELEASES, "set it to 1"),
+    "decode": ("decode_context_parallel_size 2", RELEASES, "set it to 1"),
+    "VLLM_USE_V2_MODEL_RUNNER": ("VLLM_USE_V2_MODEL_RUNNER", RELEASES, "unset one"),
+    "VLLM_ASCEND_ENABLE_DBO": ("VLLM_ASCEND_ENABLE_DBO", RELEASES, "unset one"),
+    "eagle": ("speculative decoding by eagle", ("0.11.0",), "num_speculative_tokens to 1"),
+    "first engine": ("VLLM_USE_V1=0", ("0.9.1",), "set VLLM_USE_V1=1"),
+    "own graphs": ("ACL graphs of vllm-ascend 0.9.1", ("0.9.1",), "use --enforce-eager"),
+    "full graphs": ("graph", TORCHAIR, "accepted are|use --enforce-eager"),
+    "full graphs, drafter": ("graph", RELEASES, "accepted are|use --enforce-eager"),
+    "shared experts": ("enable_shared_expert_dp with torchair", ("0.11.0",), "disable one"),
+    "nothing": ("", (), ""),
+}
+
+
+@part()
+def test_configurations_are_refused_by_name_with_a_remedy(here: Here) -> None:
+    """Each conflict put into the release's own configuration objects, alone."""
+    from vllm import envs
+    from vllm_ascend import ascend_config
+
+    from oproj_patch.hosts import detect
+    from oproj_patch.seams import vllm_ascend
+
+    config = here.config
+    version = detect().versions["vllm-ascend"]
+    theirs = ascend_config._ASCEND_CONFIG
+    enabled = SimpleNamespace(enabled=True)
+    eagle = SimpleNamespace(method="eagle", num_speculative_tokens=2)
+    drafter = SimpleNamespace(method="mtp", num_speculative_tokens=2)
+    full = SimpleNamespace(name="FULL")
+    graphs = (config.model_config, "enforce_eager", False)
+    mode = (config.compilation_config, "cudagraph_mode", full)
+    changes: dict[str, list[tuple[Any, str, Any]]] = {
+        "nothing": [],
+        "xlite": [(theirs, "xlite_graph_config", enabled)],
+        "layer_sharding": [(theirs, "layer_sharding", ["o_proj"])],
+        "prefill": [(config.parallel_config, "prefill_context_parallel_size", 2)],
+        "decode": [(config.parallel_config, "decode_context_parallel_size", 2)],
+        "eagle": [(config, "speculative_config", eagle)],
+        "first engine": [(envs, "VLLM_USE_V1", False)],
+        "own graphs": [graphs],
+        "full graphs": [graphs, mode],
+        "full graphs, drafter": [graphs, mode, (config, "speculative_config", drafter)],
+        "shared experts": [
+            graphs,
+            (theirs, "torchair_graph_config", enabled),
+            (theirs, "enable_shared_expert_dp", True),
+        ],
+    }
+    told: dict[str, str] = {}
+    for asked, values in changes.items():
+        with contextlib.ExitStack() as stack:
+            for target, attribute, value in values:
+                stack.enter_context(changed(target, attribute, value))
+            told[asked] = refused(lambda: vllm_ascend.refuse_configuration(config, version))
+    for asked in ("VLLM_USE_V2_MODEL_RUNNER", "VLLM_ASCEND_ENABLE_DBO"):
+        os.environ[asked] = "1"
+        told[asked] = refused(lambda: vllm_ascend.refuse_configuration(config, version))
+        del os.environ[asked]
+    assert told.keys() == REFUSALS.keys()
+    for asked, (name, wanted, remedy) in REFUSALS.items():
+        if here.host.version not in wanted:
+            assert told[asked] == "", asked
+            continue
+        assert told[asked].startswith("OPROJ015: OPROJ_TENSOR_PARALLEL_SIZE is set together with")
+        assert name in told[asked], asked
+        assert re.search(remedy, told[asked]), told[asked]
+
+
+@part()
+def test_another_vllm_is_refused(here: Here) -> None:
+    import vllm
+
+    from oproj_patch import api
+
+    assert here.config
+    with changed(vllm, "__version__", "0.12.0"):
+        told = refused(api._install)
+    assert told.startswith(
+        f"OPROJ009: requested vllm {here.host.vllm} for vllm-ascend {here.host.version}, found "
+        "vllm 0.12.0"
+    )
+
+
+@part()
+def test_a_symbol_that_is_gone_is_named_and_nothing_is_patched(here: Here) -> None:
+    import wrapt
+
+    assert here.config
+    from vllm_ascend.attention import mla_v1
+
+    from oproj_patch import api
+    from oproj_patch.hosts import detect
+    from oproj_patch.settings import Settings
+
+    name = str(detect())
+    assert name.startswith(f"vllm-ascend {here.host.version} on vllm {here.host.vllm}")
+    implementation = mla_v1.AscendMLAImpl
+    del mla_v1.AscendMLAImpl
+    told = refused(api._install)
+    mla_v1.AscendMLAImpl = implementation
+    assert told.startswith("OPROJ008: vllm_ascend.attention.mla_v1.AscendMLAImpl.forward")
+    for wanted in (name, "cannot be found", "vllm_ascend/attention/mla_v1.py, "):
+        assert wanted in told
+    hook = "vllm.distributed.parallel_state.init_model_parallel_group"
+    for seam in detect().seams(Settings(size=4)):
+        if seam.symbol != hook:
+            found = wrapt.resolve_path(importlib.import_module(seam.module), seam.path)[2]
+            assert not isinstance(found, wrapt.FunctionWrapper), seam.symbol

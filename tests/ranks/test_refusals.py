@@ -1,0 +1,219 @@
+"""What is refused up front: vLLM's own configuration objects, one feature at a time."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oproj_patch import refusals
+from tests.ranks.launch import World
+
+MODEL = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "vocab_size": 320,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "n_shared_experts": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 3,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "max_position_embeddings": 256,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "torch_dtype": "float32",
+}
+
+TRANSFORM = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {
+        "all": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 4,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "group",
+                "group_size": 128,
+            },
+        }
+    },
+    "transform_config": {
+        "config_groups": {
+            "u": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}
+        }
+    },
+}
+DENSE = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "n_routed_experts": None}
+
+# case -> (EngineArgs, set afterwards, what is said)
+CASES: dict[str, tuple[dict[str, Any], list[list[Any]], str]] = {
+    "nothing special": ({}, [], "passes with 2"),
+    "expert parallel": ({"enable_expert_parallel": True}, [], "passes with 2"),
+    "tensor parallel": ({"tensor_parallel_size": 2}, [], "passes with 2"),
+    "decode context parallel": (
+        {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+        [],
+        "--decode-context-parallel-size is 2: ",
+    ),
+    "prefill context parallel": (
+        {},
+        [["parallel_config.prefill_context_parallel_size", 2]],
+        "--prefill-context-parallel-size is 2: ",
+    ),
+    "elastic expert parallel": (
+        {},
+        [["parallel_config.enable_elastic_ep", True]],
+        "--enable-elastic-ep is True: ",
+    ),
+    "dual-batch overlap": ({}, [["parallel_config.enable_dbo", True]], "--enable-dbo is True: "),
+    "micro-batches": ({}, [["parallel_config.ubatch_size", 2]], "--ubatch-size is 2: "),
+    "LoRA": ({"enable_lora": True}, [], "--enable-lora is given: "),
+    "sharded-state files": ({"load_format": "sharded_state"}, [], "--load-format is sharded_state"),
+    "sharded-state stream": (
+        {"load_format": "runai_streamer_sharded"},
+        [],
+        "--load-format is runai_streamer_sharded",
+    ),
+    "tensorizer": (
+        {"load_format": "tensorizer", "model_loader_extra_config": {"tensorizer_uri": "x"}},
+        [],
+        "--load-format is tensorizer",
+    ),
+    "weight cache": ({"load_format": "ipc_cache"}, [], "--load-format is ipc_cache"),
+    "another package's loader": (
+        {"load_format": "modelexpress"},
+        [],
+        "--load-format is modelexpress",
+    ),
+    "bitsandbytes loader": (
+        {"load_format": "bitsandbytes"},
+        [],
+        "--load-format is bitsandbytes",
+    ),
+    "bitsandbytes": (
+        {},
+        [["model_config.quantization", "bitsandbytes"]],
+        "--quantization is bitsandbytes",
+    ),
+    "GGUF": ({}, [["model_config.quantization", "gguf"]], "--quantization is gguf"),
+    "quantization transforms": (
+        {"model": {"quantization_config": TRANSFORM}},
+        [],
+        "the quantization's transform_config is given",
+    ),
+    "DeepSeek V4": (
+        {"model": {"architectures": ["DeepseekV4ForCausalLM"]}},
+        [],
+        "the model architecture is DeepseekV4ForCausalLM: its output projection is wo_a",
+    ),
+    "Kimi-K3, tensor parallel": (
+        {"tensor_parallel_size": 2},
+        [["model_config.hf_config.architectures", ["KimiK3ForConditionalGeneration"]]],
+        "architecture is KimiK3ForConditionalGeneration: a fused kernel",
+    ),
+    "Kimi-K3": (
+        {},
+        [["model_config.hf_config.architectures", ["KimiK3ForConditionalGeneration"]]],
+        "passes with 2",
+    ),
+    "a dense model": ({"model": DENSE}, [], "is a dense model: its data-parallel ranks run indep"),
+    # vLLM runs dense ranks as instances of their own; the reason must still be the model.
+    "a dense model without data parallelism": (
+        {"model": DENSE, "data_parallel_size": 1},
+        [],
+        "is a dense model: its data-parallel ranks run indep",
+    ),
+    "one rank": ({"data_parallel_size": 1}, [], "OPROJ003: OPROJ_TENSOR_PARALLEL_SIZE is 2; the"),
+    "three ranks": ({"data_parallel_size": 3}, [], "accepted are the divisors of the data-paral"),
+}
+PASSES = {name for name, (_, _, says) in CASES.items() if says.startswith("passes")}
+OTHER_CODE = {"a dense model": 4, "a dense model without data parallelism": 4} | {
+    "one rank": 3,
+    "three ranks": 3,
+}
+
+
+def verdict(name: str, directory: Path) -> str:
+    """In a process: return the refusal of a case's configuration, or how it passed.
+
+    What vLLM does not let one configure on a CPU is set on the finished configuration.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    from oproj_patch.errors import OprojError
+    from oproj_patch.settings import Settings
+
+    case, sets, _ = CASES[name]
+    given = {
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "data_parallel_size": 2,
+        "enforce_eager": True,
+        "max_model_len": 128,
+        "enable_prefix_caching": False,
+        **case,
+    }
+    (directory / "config.json").write_text(json.dumps(MODEL | given.pop("model", {})))
+    config = EngineArgs(model=str(directory), **given).create_engine_config()
+    for path, value in sets:
+        *owners, attribute = path.split(".")
+        owner: Any = config
+        for part in owners:
+            owner = getattr(owner, part)
+        # The attribute exists in this release, unless it is one of older ones.
+        owner.__dict__[attribute] = value
+    ranks = config.parallel_config.data_parallel_size
+    try:
+        refusals.check(config, Settings(size=2), [list(range(ranks))])
+    except OprojError as error:
+        return str(error)
+    return f"passes with {ranks} data-parallel ranks"
+
+
+Told = Callable[[str], str]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
+    """`verdict` of a case, all in one process."""
+    with World(1, {"VLLM_CPU_KVCACHE_SPACE": "1"}) as world:
+
+        @functools.cache
+        def once(name: str) -> str:
+            [found] = world.run(verdict, name, tmp_path_factory.mktemp("model"))
+            return str(found)
+
+        yield once
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refusal(told: Told, name: str) -> None:
+    sentence = told(name)
+    assert CASES[name][2] in sentence
+    if name not in PASSES:
+        assert sentence.startswith(f"OPROJ0{OTHER_CODE.get(name, 15):02}: ")
+        assert "OPROJ_TENSOR_PARALLEL_SIZE is" in sentence and "unset" in sentence
+
+
+def test_every_rule_has_a_case(told: Told) -> None:
+    sentences = [told(name) for name in CASES]
+    for rule in refusals.RULES:
+        assert any(rule.option in found and rule.why in found for found in sentences), rule

@@ -1,0 +1,62 @@
+"""Release numbers and the list of releases."""
+
+from __future__ import annotations
+
+import pytest
+
+from oproj_patch import releases
+from oproj_patch.releases import ASCEND_RELEASES, VLLM_RELEASES, in_range, parse
+from tests.hosts.wheels import OLDEST_WRAPT
+from tests.ranks.launch import ROOT
+
+
+@pytest.mark.parametrize(
+    ("version", "numbers"),
+    [
+        ("0.9.1", (0, 9, 1)),
+        ("0.10.1.1", (0, 10, 1, 1)),
+        ("0.11.0", (0, 11)),
+        ("0.11", (0, 11)),
+        ("v0.11.0rc1", (0, 11)),
+        ("0.32.0+cpu", (0, 32)),
+        ("0.11.0.post2", (0, 11)),
+        ("0.13.1.dev12+g0123abc.cpu", (0, 13, 1)),
+        (" 0.18.0 ", (0, 18)),
+        ("0", (0,)),
+    ],
+)
+def test_parse(version: str, numbers: tuple[int, ...]) -> None:
+    assert parse(version) == numbers
+
+
+@pytest.mark.parametrize("version", ["", "dev", "unknown", "+cpu", "rc1"])
+def test_parse_refuses(version: str) -> None:
+    with pytest.raises(ValueError, match="does not begin with a release number"):
+        parse(version)
+
+
+def test_releases_are_in_order_and_distinct() -> None:
+    for listed in (VLLM_RELEASES, tuple(ASCEND_RELEASES)):
+        numbers = [parse(release) for release in listed]
+        assert numbers == sorted(set(numbers))
+    assert len(VLLM_RELEASES) == 28
+    assert {pair.vllm for pair in ASCEND_RELEASES.values()} <= set(VLLM_RELEASES)
+
+
+def test_range_has_both_ends() -> None:
+    assert in_range("0.11.0rc1", "0.11.0", "0.11.0")
+    assert in_range("0.10.1.1", "0.10.1", "0.10.2")
+    assert not in_range("0.9.2", "0.10.0")
+    assert not in_range("0.10.2", "0.9.1", "0.10.1.1")
+    assert in_range("1.0", "0.9.1")
+
+
+def test_tested_as() -> None:
+    assert releases.tested_as("0.32.0+cpu", VLLM_RELEASES) == "0.32.0"
+    assert releases.tested_as("0.23.0.post1", ASCEND_RELEASES) == "0.23.0"
+    assert releases.tested_as("0.33.0", VLLM_RELEASES) is None
+
+
+def test_oldest_wrapt_that_is_run_is_the_one_promised() -> None:
+    promised = f'"wrapt>={OLDEST_WRAPT.removesuffix(".0")},<3"'
+    assert promised in (ROOT / "setup.py").read_text(encoding="utf-8")

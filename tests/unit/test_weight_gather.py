@@ -1,0 +1,45 @@
+"""When gathering the weights moves fewer bytes than exchanging the activations."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oproj_patch import weight_gather
+from oproj_patch.settings import Settings
+
+torch = pytest.importorskip("torch")
+
+
+def o_proj(columns: int, hidden: int, ranks: int, weight: Any) -> tuple[Any, Any]:
+    """Return a layer of `ranks` ranks on torch's meta device, and its group."""
+    layer = torch.nn.Linear(
+        columns // ranks, hidden, bias=False, device="meta", dtype=torch.bfloat16
+    )
+    layer.weight.requires_grad = False
+    layer.weight.data = layer.weight.data.to(weight)
+    layer.__dict__.update(
+        input_size_per_partition=columns // ranks,
+        output_size=hidden,
+        params_dtype=torch.bfloat16,
+        oproj=SimpleNamespace(saved=columns // ranks * hidden * 2 * (ranks - 1)),
+    )
+    return layer, SimpleNamespace(size=ranks, settings=Settings(size=ranks))
+
+
+@pytest.mark.parametrize(("size", "rows"), [(2, 3823), (4, 2607), (8, 1593), (16, 896)])
+def test_threshold_of_deepseek_r1(size: int, rows: int) -> None:
+    assert abs(weight_gather.threshold(*o_proj(16384, 7168, size, torch.bfloat16)) - rows) <= 1
+    # An int8 weight is half as much to gather; the activations stay 16 bits wide.
+    assert abs(weight_gather.threshold(*o_proj(16384, 7168, size, torch.int8)) - rows / 2) <= 1
+
+
+@given(st.integers(0, 5000), st.lists(st.integers(0, 5000), min_size=2, max_size=8))
+def test_decision(least: int, counts: list[int]) -> None:
+    chosen = weight_gather.wins(least, tuple(counts))
+    assert chosen == (0 < least <= min(counts) and max(counts) <= 1.25 * min(counts))
+    assert chosen == weight_gather.wins(least, tuple(sorted(counts)))
