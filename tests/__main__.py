@@ -14,11 +14,11 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ALONE = (
-    "e2e/test_demo.py",
-    "e2e/test_mtp.py",
-    "e2e/test_offline.py",
-    "e2e/test_releases.py",
-    "e2e/test_server.py",
+    "engines/test_demo.py",
+    "engines/test_mtp.py",
+    "engines/test_offline.py",
+    "engines/test_releases.py",
+    "engines/test_server.py",
     "faults/test_engines.py",
     "faults/test_faults.py",
     "faults/test_restart.py",

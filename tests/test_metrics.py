@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from oproj_patch.cli import demo_model
-from oproj_patch.cli.engines import EngineConfig, serve
+from demo import model as demo_model
+from demo.engines import EngineConfig, serve
 
 from . import ranks
 
@@ -61,7 +61,7 @@ def test_nothing_is_started_where_nobody_could_see_it() -> None:
     assert [rank["publishing"] for rank in told] == [False, False]
 
 
-@pytest.mark.e2e
+@pytest.mark.engines
 def test_a_real_server_shows_its_workers_on_metrics(tmp_path: Path) -> None:
     config = EngineConfig(
         model=demo_model.ensure("dense", trained=False),

@@ -9,7 +9,8 @@ import signal
 import urllib.request
 from pathlib import Path
 
-from oproj_patch.cli import demo_model, engines
+from demo import engines
+from demo import model as demo_model
 from tests import ranks
 from tests.faults import engine
 
@@ -19,7 +20,7 @@ MIB = 1 << 20
 
 def test_engines_come_and_go() -> None:
     config = engines.EngineConfig(demo_model.ensure("dense", trained=False), extension=None)
-    first = engines._free_port(run=20 * TIMES)
+    first = engines.free_port(run=20 * TIMES)
     env = {
         **engine.ON,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ..cli import tiny
+from ..engines import tiny
 from . import overlay
 from .overlay import Host
 
