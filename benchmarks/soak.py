@@ -123,7 +123,7 @@ def main() -> int:
     env = {} if options.off else {"OPROJ_TENSOR_PARALLEL_SIZE": "2"}
     config = engines.EngineConfig(demo_model.ensure("dense", trained=False), env=env)
     lifetime = options.minutes * 60 + 300
-    with engines.serve(config, deadline=240, lifetime=lifetime) as server:
+    with engines.serve(config, lifetime=lifetime) as server:
         session = server.process.guard.pid
         soak = Soak(
             int(server.base_url.rpartition(":")[2]), options.requests, options.seed * 1_000_003

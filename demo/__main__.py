@@ -182,7 +182,7 @@ def render(comparison: Comparison) -> str:
 
 
 class Progress:
-    """Prints each new stage at once, and the current one again every 15 seconds."""
+    """Prints each new stage at once, and the current one again every 30 seconds."""
 
     def __init__(self) -> None:
         self.label = "model"
@@ -196,7 +196,7 @@ class Progress:
     def __call__(self, stage: str) -> None:
         """Note the current stage."""
         line = f"{self.label}: {stage}"
-        if line != self._line or self.seconds() > self._printed + 15:
+        if line != self._line or self.seconds() > self._printed + 30:
             print(f"{self.seconds():4.0f} s  {line}", file=sys.stderr, flush=True)
             self._line, self._printed = line, self.seconds()
 

@@ -190,15 +190,12 @@ def _wait_for_results(
     """Return None when every rank has written its result, or what went wrong."""
     total = len(ranks)
     while True:
-        ready = sum(rank.log_path.with_suffix(".ready").exists() for rank in ranks)
         over = [rank.ended() for rank in ranks]
         done = [rank.log_path.with_suffix(".json").exists() for rank in ranks]
         if all(done):
             return None
-        if ready < total:
-            progress(f"starting vLLM, {ready} of {total} ranks ready")
-        else:
-            progress(f"generating, {sum(done)} of {total} ranks done")
+        ready = sum(rank.log_path.with_suffix(".ready").exists() for rank in ranks)
+        progress(f"vLLM ready on {ready} of {total} ranks, done on {sum(done)}")
         failed = [rank for rank in range(total) if over[rank] and not done[rank]]
         if failed or time.monotonic() > end:
             # The other ranks get time to log why they fail too.
@@ -241,13 +238,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(
-    config: EngineConfig, *, deadline: float = 300.0, lifetime: float = 900.0
-) -> Iterator[Server]:
+def serve(config: EngineConfig, *, lifetime: float = 900.0) -> Iterator[Server]:
     """Start vLLM's OpenAI-compatible server, yield it when it is healthy, stop it.
 
     The server ends after `lifetime` seconds in any case. Raises `EngineError` when it ends early
-    or is not healthy after `deadline` seconds.
+    or is not healthy after 300 seconds.
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -263,10 +258,8 @@ def serve(
         # The development mode adds the RPC end point through which the probe is asked.
         env = environment(config, scratch) | {"VLLM_SERVER_DEV_MODE": "1"}
         with process(command, env, scratch / "server.log", lifetime) as server:
-            _wait_until(lambda: server.ended() or healthy(url), deadline)
-            if server.ended() or not healthy(url):
-                how = "ended before it was" if server.ended() else f"was not after {deadline:.0f} s"
-                raise EngineError(f"the server {how} healthy", [server.log()])
+            if not _wait_until(lambda: server.ended() or healthy(url), 300) or server.ended():
+                raise EngineError("the server ended or did not get healthy", [server.log()])
             yield Server(url, server, config.dp * config.tp)
 
 

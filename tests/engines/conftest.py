@@ -15,7 +15,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.engines)
-            # Above the harness's own deadlines, which end the engines and show their logs.
+            # Above the launcher's own deadlines, which end the engines and show their logs.
             item.add_marker(pytest.mark.timeout(900))
 
 

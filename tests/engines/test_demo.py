@@ -31,7 +31,7 @@ def test_demo_and_the_plan_of_its_model(runs: EngineRuns) -> None:
     assert min(told["exchanges"]["on"]) > 0 and told["exchanges"]["off"] == [0, 0]
     assert 0 < told["seconds"] < SECONDS
     # Progress was shown while the engines started.
-    assert "starting vLLM" in done.stderr
+    assert "vLLM ready on 0 of 2 ranks" in done.stderr
 
     model = str(demo_model.ensure("dense", trained=True))
     plan = make_plan(model, load_model(model, "fp32"), dp=2)
