@@ -45,7 +45,8 @@ class EngineError(RuntimeError):
         for log in logs:
             lines = [line for line in log.splitlines() if line.strip()]
             raised = [line for line in lines if re.search(r"(Error|Exception|Exit)\b: \S", line)]
-            quoted += [*dict.fromkeys(raised[:10]), "last lines:", *lines[-25:]]
+            last = [line for line in lines if not re.search(r"\b(INFO|WARNING|DEBUG) \d\d-", line)]
+            quoted += [*dict.fromkeys(raised[:10]), "last lines:", *(last or lines)[-25:]]
         super().__init__("\n".join(quoted))
 
 

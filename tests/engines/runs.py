@@ -98,7 +98,7 @@ class EngineRuns:
         if compiled and cache_key not in self._caches:
             self._caches[cache_key] = self.scratch("compiled")
         return EngineConfig(
-            demo_model.ensure(model.variant, trained=model.trained, progress=print),
+            demo_model.ensure(model.variant, trained=model.trained),
             dp=dp,
             tp=tp,
             compiled=compiled,
