@@ -102,7 +102,7 @@ def answer_all(base_url: str, load: Load) -> dict[str, float]:
 
 def serve(model: Path, otp: int, compiled: bool) -> dict[str, dict[str, float]]:
     """Start one server and answer all loads; medians over the rounds."""
-    from oproj_patch.cli import engines
+    from demo import engines
 
     config = engines.EngineConfig(
         model,
@@ -127,7 +127,7 @@ def serve(model: Path, otp: int, compiled: bool) -> dict[str, dict[str, float]]:
 
 def checkpoint(directory: Path) -> Path:
     """The demo's model directory with larger layers and no weights."""
-    from oproj_patch.cli import demo_model
+    from demo import model as demo_model
 
     source = demo_model.ensure("dense", trained=False)
     for path in source.iterdir():

@@ -20,7 +20,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from oproj_patch.cli import demo_model, engines
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from demo import engines
+from demo import model as demo_model
 
 TIMEOUT = 60.0
 """Seconds after which a request counts as hung."""
@@ -101,7 +103,7 @@ class Soak:
 def resident(session: int) -> dict[str, float]:
     """Resident MiB by process title, of every process of a session."""
     told: dict[str, float] = {}
-    for pid in engines._session_members(session):
+    for pid in engines.session_members(session):
         title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
         name = title if title.startswith("VLLM::") else f"{Path(title).name} {pid}"
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
@@ -121,8 +123,8 @@ def main() -> int:
     env = {} if options.off else {"OPROJ_TENSOR_PARALLEL_SIZE": "2"}
     config = engines.EngineConfig(demo_model.ensure("dense", trained=False), env=env)
     lifetime = options.minutes * 60 + 300
-    with engines.serve(config, deadline=240, lifetime=lifetime) as server:
-        session = server._process._guard.pid
+    with engines.serve(config, lifetime=lifetime) as server:
+        session = server.process.guard.pid
         soak = Soak(
             int(server.base_url.rpartition(":")[2]), options.requests, options.seed * 1_000_003
         )

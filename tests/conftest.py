@@ -7,15 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOMS = ("unit", "ranks", "hosts", "graphs", "engines", "faults", "docs")
-# Folders that have not moved into a room yet.
-MOVING = {"e2e": "engines", "cli": "unit"}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        folder = item.path.relative_to(Path(__file__).parent).parts[0]
-        room = MOVING.get(folder, folder)
+        room = item.path.relative_to(Path(__file__).parent).parts[0]
         if room not in ROOMS:
             raise pytest.UsageError(
                 f"{item.nodeid} is in no room; accepted are {', '.join(ROOMS)}: move it into one."

@@ -1,4 +1,4 @@
-"""`oproj-patch`, also `python -m oproj_patch`: demo, plan, doctor."""
+"""`oproj-patch`, also `python -m oproj_patch`: plan, doctor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BROKEN_PIPE = 141
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    from . import demo, doctor, plan
+    from . import doctor, plan
 
     parser = argparse.ArgumentParser(
         prog="oproj-patch",
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"oproj_patch {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (demo, plan, doctor):
+    for module in (plan, doctor):
         module.add_parser(commands)
     args = parser.parse_args(argv)
     try:

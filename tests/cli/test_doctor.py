@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
+from demo import model as demo_model
 from oproj_patch import __version__
-from oproj_patch.cli import demo_model, main
+from oproj_patch.cli import main
 from oproj_patch.errors import CODES
 
-from . import tiny
+from ..engines import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 TOGGLE = "OPROJ_TENSOR_PARALLEL_SIZE"

@@ -17,7 +17,7 @@ import pytest
 
 from oproj_patch import settings
 
-from ..cli import tiny
+from ..engines import tiny
 from .tables import ROOT
 
 SECONDS = 300

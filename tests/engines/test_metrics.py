@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from oproj_patch.cli import demo_model
-from oproj_patch.cli.engines import EngineConfig, serve
+from demo import model as demo_model
+from demo.engines import EngineConfig, serve
 
 pytest.importorskip("vllm")
 parser = pytest.importorskip("prometheus_client.parser")

@@ -1,4 +1,4 @@
-"""A real server without the guard of the harness, so that what it leaves behind can be seen."""
+"""A real server without the launcher's guard, so that what it leaves behind can be seen."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from oproj_patch.cli import demo_model, engines
+from demo import engines
+from demo import model as demo_model
 
 ON = {"OPROJ_TENSOR_PARALLEL_SIZE": "2"}
 SECONDS_TO_END = 60
@@ -34,7 +35,7 @@ class Node:
 
     def members(self) -> list[int]:
         """Processes of the session that are still there."""
-        return engines._session_members(self.process.pid)
+        return engines.session_members(self.process.pid)
 
     def named(self, name: str) -> list[int]:
         """Members whose process title contains `name`."""
@@ -79,22 +80,16 @@ def node(
     config = engines.EngineConfig(demo_model.ensure("dense", trained=False), extension=None)
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        port = engines._free_port()
+        port = engines.free_port()
         options = config.engine_options() | {"host": "127.0.0.1", "port": port} | dict(arguments)
         headless = bool(options.pop("headless", False))
         code = "import sys; sys.argv[0] = 'vllm'; from tests.faults.engine import main; main()"
         command = [*prefix, sys.executable, "-c", code, "serve", str(options.pop("model"))]
         command += ["--headless"] if headless else []
-        for name, value in options.items():
-            flag = name.replace("_", "-")
-            if isinstance(value, bool):
-                command.append(f"--{flag}" if value else f"--no-{flag}")
-            else:
-                text = json.dumps(value) if isinstance(value, dict) else str(value)
-                command += [f"--{flag}", text]
+        command += engines.flags(options)
         log = work / "log"
         root = str(Path(__file__).resolve().parents[2])
-        full = engines._environment(config, work) | {"PYTHONPATH": root} | dict(env)
+        full = engines.environment(config, work) | {"PYTHONPATH": root} | dict(env)
         with log.open("wb") as out:
             process = subprocess.Popen(
                 command, env=full, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
@@ -102,7 +97,7 @@ def node(
         try:
             yield Node(process, log, port)
         finally:
-            engines._end_session(process.pid)
+            engines.end_session(process.pid)
             process.wait()
 
 
@@ -124,7 +119,7 @@ def main() -> None:
 def until_healthy(server: Node, seconds: float, opener: Sequence[str] = ()) -> None:
     """Wait for the server's health end point; raises AssertionError when it does not come."""
     deadline = time.monotonic() + seconds
-    while not engines._healthy(f"http://127.0.0.1:{server.port}"):
+    while not engines.healthy(f"http://127.0.0.1:{server.port}"):
         assert server.process.poll() is None, server.log()[-4000:]
         assert time.monotonic() < deadline, server.log()[-4000:]
         time.sleep(0.3)

@@ -13,7 +13,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from oproj_patch.cli import demo_model, engines
+from demo import engines
+from demo import model as demo_model
 from tests.faults import engine
 from tests.ranks import launch
 
@@ -23,7 +24,7 @@ MIB = 1 << 20
 
 def test_engines_come_and_go() -> None:
     config = engines.EngineConfig(demo_model.ensure("dense", trained=False), extension=None)
-    first = engines._free_port(run=20 * TIMES)
+    first = engines.free_port(run=20 * TIMES)
     env = {
         **engine.ON,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

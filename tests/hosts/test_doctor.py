@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ..cli import tiny
+from ..engines import tiny
 from . import wheels
 from .wheels import Host
 

@@ -5,25 +5,31 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from oproj_patch.cli import demo_model
-from oproj_patch.cli.engines import Round, run_offline
+from demo import model as demo_model
+from demo.engines import Round, run_offline
 
 from . import drafter
-from . import lab as labs
-from .lab import PROMPTS, STORY_TELLER, Lab
+from .runs import (
+    PROMPTS,
+    STORY_TELLER,
+    EngineRuns,
+    assert_round_sizes,
+    assert_same_tokens,
+    completions,
+)
 
 DRAFTER_LENGTH = 48
 LAYERS = demo_model.NUM_LAYERS + 1
 
 
-def test_drafter(lab: Lab, tmp_path: Path) -> None:
+def test_drafter(runs: EngineRuns, tmp_path: Path) -> None:
     """Tokens as without drafts and without the shim, whatever each rank's drafts are worth.
 
     Rank 0 first comes to the drafter's length, where it cannot draft any more while rank 1 goes
     on drafting, and then has no request at all.
     """
-    off = lab.off(STORY_TELLER)
-    config = lab.config(
+    off = runs.off(STORY_TELLER)
+    config = runs.config(
         STORY_TELLER,
         otp=2,
         speculative_config={
@@ -47,10 +53,10 @@ def test_drafter(lab: Lab, tmp_path: Path) -> None:
     fitting = [len(prompts[0]) + 24, *(len(prompt) + 12 for prompt in prompts[1:3])]
     assert max(fitting) < DRAFTER_LENGTH - 2 < len(longest) + 24
     on = run_offline(config, rounds)
-    labs.assert_round_sizes(on, rounds)
-    labs.assert_same_tokens(off, on)
+    assert_round_sizes(on, rounds)
+    assert_same_tokens(off, on)
     story = demo_model.STORY * 2
-    for completion in labs.completions(on):
+    for completion in completions(on):
         start = story.index(completion.prompt) + len(completion.prompt)
         assert completion.text == story[start : start + len(completion.token_ids)]
 

@@ -9,11 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from oproj_patch.cli import demo_model
-from oproj_patch.cli.engines import Server, serve
+from demo import model as demo_model
+from demo.engines import Server, serve
 
-from . import lab as labs
-from .lab import STORY_TELLER, Lab
+from .runs import STORY_TELLER, EngineRuns, assert_sharded, assert_unpatched
 
 REQUESTS = 64
 
@@ -33,14 +32,14 @@ def requests() -> list[Request]:
     ]
 
 
-def test_64_concurrent_requests(lab: Lab) -> None:
-    with serve(lab.config(STORY_TELLER, otp=None)) as server:
+def test_64_concurrent_requests(runs: EngineRuns) -> None:
+    with serve(runs.config(STORY_TELLER, otp=None)) as server:
         off = answer_all(server)
-        labs.assert_unpatched(server.workers(), [server.log()])
-    with serve(lab.config(STORY_TELLER, otp=2)) as server:
+        assert_unpatched(server.workers(), [server.log()])
+    with serve(runs.config(STORY_TELLER, otp=2)) as server:
         on = answer_all(server)
         workers = server.workers()
-        labs.assert_sharded(workers, [server.log()], dp=2, otp=2)
+        assert_sharded(workers, [server.log()], dp=2, otp=2)
     assert off == on
     # The checkpoint knows the story by heart, so an error on both sides cannot hide.
     story = demo_model.STORY * 2

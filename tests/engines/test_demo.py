@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
-from oproj_patch.cli import demo_model
+from demo import model as demo_model
 from oproj_patch.cli.model_config import load_model
 from oproj_patch.cli.plan import make_plan
 
-from .lab import Lab
+from .runs import EngineRuns
 
+ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 600
 
 
-def test_demo_and_the_plan_of_its_model(lab: Lab) -> None:
+def test_demo_and_the_plan_of_its_model(runs: EngineRuns) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "oproj_patch", "demo", "--json"],
+        [sys.executable, "-m", "demo", "--json"],
         capture_output=True,
         text=True,
         timeout=SECONDS,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     told = json.loads(done.stdout)
@@ -28,7 +31,7 @@ def test_demo_and_the_plan_of_its_model(lab: Lab) -> None:
     assert min(told["exchanges"]["on"]) > 0 and told["exchanges"]["off"] == [0, 0]
     assert 0 < told["seconds"] < SECONDS
     # Progress was shown while the engines started.
-    assert "starting vLLM" in done.stderr
+    assert "vLLM ready on 0 of 2 ranks" in done.stderr
 
     model = str(demo_model.ensure("dense", trained=True))
     plan = make_plan(model, load_model(model, "fp32"), dp=2)

@@ -10,15 +10,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 _MAKE = """
 import sys
-from pathlib import Path
-from oproj_patch.cli import demo_model
-demo_model._config("dense", False).save_pretrained(sys.argv[1])
-demo_model._write_tokenizer(Path(sys.argv[1]))
+from demo import model
+model.config("dense", trained=False).save_pretrained(sys.argv[1])
+model.write_tokenizer(sys.argv[1])
 """
 
 
 def make(directory: Path) -> str:
-    """Write the demo model's configuration and tokenizer into `directory`; returns its name."""
+    """Write the demo model's configuration and tokenizer into `directory`; return its name."""
     subprocess.run([sys.executable, "-c", _MAKE, str(directory)], cwd=ROOT, check=True, timeout=300)
     path = directory / "config.json"
     config = json.loads(path.read_text()) | {"architectures": ["DeepseekV3ForCausalLM"]}

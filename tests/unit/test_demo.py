@@ -1,17 +1,18 @@
+"""The demo without an engine: what it accepts, prints and complains about; its checkpoints."""
+
 from __future__ import annotations
 
-import argparse
-import io
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from oproj_patch.cli import demo, demo_model
-from oproj_patch.errors import OprojValueError
+from demo import __main__ as demo
+from demo import model as demo_model
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def comparison(*, same: bool = True, on_bytes: int = 512, calls: int = 9) -> demo.Comparison:
@@ -63,47 +64,49 @@ def test_table_survives_unprintable_text() -> None:
     assert "\\x1b[2J\\xe9\\n" in table
 
 
-def test_progress_in_a_pipe_is_one_line_a_stage() -> None:
-    stream = io.StringIO()
-    display = demo._Display(stream)
-    for seconds in range(10):
-        display.show("model", "training", seconds)
-    display.show("model", "done", 10)
-    display.end()
-    assert stream.getvalue() == "model: training (0 s)\nmodel: done (10 s)\n"
+def test_progress_is_one_line_a_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = demo.Progress()
+    for _ in range(10):
+        progress("training")
+    progress.label = "without the shim"
+    progress("training")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["   0 s  model: training", "   0 s  without the shim: training"]
 
 
 @pytest.mark.parametrize(
-    ("ranks", "otp_size", "part"),
+    ("arguments", "part"),
     [
-        (1, None, "--ranks is 1"),
-        (3, None, "--ranks is 3"),
-        (4, 3, "one of [2, 4]"),
-        (2, 4, "one of [2]"),
-        (4, -2, "one of [2, 4]"),
+        ("--ranks 1", "the group size is 1, but --ranks 1 "),
+        ("--ranks 3", "accept no size: give --ranks an even number"),
+        ("--ranks 4 --otp-size 3", "accept one of [2, 4]"),
+        ("--ranks 2 --otp-size 4", "accept one of [2]"),
+        ("--ranks 4 --otp-size -2", "the group size is -2, but"),
     ],
 )
-def test_sizes_that_do_not_fit(ranks: int, otp_size: int | None, part: str) -> None:
-    args = argparse.Namespace(
-        ranks=ranks, otp_size=otp_size, compiled=False, json=True, cache_dir=Path()
-    )
-    with pytest.raises(OprojValueError, match="OPROJ018") as caught:
-        demo.run(args)
-    assert part in str(caught.value)
+def test_sizes_that_do_not_fit(
+    arguments: str, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        demo.main(arguments.split())
+    assert caught.value.code == 2
+    assert part in capsys.readouterr().err
 
 
-def test_caller_imports_neither_torch_nor_vllm() -> None:
+def test_an_environment_without_vllm_is_refused_before_torch_is_imported() -> None:
     code = (
-        "import sys, oproj_patch.cli.demo as d\n"
-        "try: d._check(2, 2)\n"
-        "except ValueError: pass\n"
-        "print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
+        "import importlib.util, sys\n"
+        "from demo.__main__ import main\n"
+        "importlib.util.find_spec = lambda name: None\n"
+        "try: main([])\n"
+        "except SystemExit as end: print(end.code)\n"
+        "print([m for m in ('torch', 'vllm', 'transformers', 'oproj_patch') if m in sys.modules])"
     )
-    env = {k: v for k, v in os.environ.items() if not k.startswith("OPROJ_")}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT
     )
-    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+    assert done.stdout.split("\n")[:2] == ["2", "[]"]
+    assert "run `tox -e demo`" in done.stderr
 
 
 def test_prompts_are_distinct_and_come_from_the_story() -> None:
@@ -152,6 +155,6 @@ def test_random_checkpoint(variant: demo_model.Variant, tmp_path: Path) -> None:
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="AssertionError"):
+    with pytest.raises(RuntimeError, match="KeyError: 'sparse'"):
         demo_model.ensure("sparse", trained=False, cache_dir=tmp_path)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from . import lab as labs
-from .lab import DENSE, Lab
+from .runs import DENSE, EngineRuns, assert_same_tokens
 
 OLDEST = "0.28.0"
 
 
-def test_oldest_engine(lab: Lab) -> None:
+def test_oldest_engine(runs: EngineRuns) -> None:
     """DP=2, otp=2: the tokens of that release without the shim, from shards, by exchanges."""
-    off = lab.off(DENSE, release=OLDEST)
-    on = lab.on(DENSE, 2, release=OLDEST)
+    off = runs.off(DENSE, release=OLDEST)
+    on = runs.on(DENSE, 2, release=OLDEST)
     for run in (off, on):
         # The first data-parallel rank of a machine says it.
         assert f"Initializing a V1 LLM engine (v{OLDEST})" in run.logs[0]
     assert [w["status"]["versions"]["vllm"] for w in on.workers] == [OLDEST] * 2
-    labs.assert_same_tokens(off, on)
+    assert_same_tokens(off, on)

@@ -1,8 +1,8 @@
 """What vLLM's CPU backend lacks to run experts with data parallelism. Test support only.
 
-Loaded in worker processes as ``worker_extension_cls="cpu_moe.MoeWorkerProbe"``. It adds
+Loaded in worker processes as `worker_extension_cls="cpu_moe.MoeWorkerProbe"`. It adds
 
-- ``all_gatherv`` and ``reduce_scatterv`` to the CPU communicator, over gloo, and
+- `all_gatherv` and `reduce_scatterv` to the CPU communicator, over gloo, and
 - the opaque MoE operators, which the CPU runner replaces by plain functions that Dynamo then
   traces into; the collectives above cannot be traced.
 """
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
-from oproj_patch.cli.probe import WorkerProbe
+from demo.probe import WorkerProbe
 
 
 class MoeWorkerProbe(WorkerProbe):
@@ -30,7 +30,7 @@ def _all_gatherv(
     dim: int = 0,
     sizes: list[int] | None = None,
 ) -> torch.Tensor | list[torch.Tensor]:
-    """Concatenate the ranks' rows; ``sizes`` has the row count of every rank."""
+    """Concatenate the ranks' rows; `sizes` has the row count of every rank."""
     assert dim == 0
     if isinstance(input_, list):
         return [_all_gatherv(self, tensor, dim, sizes) for tensor in input_]  # type: ignore[misc]
@@ -46,7 +46,7 @@ def _all_gatherv(
 def _reduce_scatterv(
     self: Any, input_: torch.Tensor, dim: int = 0, sizes: list[int] | None = None
 ) -> torch.Tensor:
-    """Sum over the ranks and return this rank's rows; ``sizes`` as above."""
+    """Sum over the ranks and return this rank's rows; `sizes` as above."""
     assert dim == 0
     sizes = sizes or [input_.shape[0] // self.world_size] * self.world_size
     total = input_.clone()

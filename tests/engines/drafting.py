@@ -1,6 +1,6 @@
 """A worker extension that also counts how the drafts of a worker fared. Test support only.
 
-Loaded in worker processes as ``worker_extension_cls="drafting.DraftingProbe"``.
+Loaded in worker processes as `worker_extension_cls="drafting.DraftingProbe"`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from oproj_patch.cli.probe import WorkerProbe
+from demo.probe import WorkerProbe
 
 _counts: Counter[str] = Counter()
 _parse_output = RejectionSampler.parse_output

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from oproj_patch.cli import demo_model
-from oproj_patch.cli.engines import (
+from demo import model as demo_model
+from demo.engines import (
     PROBE,
     Completion,
     EngineConfig,
@@ -28,7 +28,7 @@ FEW_TOKENS = 8  # with four workers: vLLM's waiting processes spin, a step takes
 
 @dataclass(frozen=True)
 class Model:
-    """Which checkpoint of ``demo_model``."""
+    """Which checkpoint of `demo_model`."""
 
     variant: demo_model.Variant
     trained: bool
@@ -45,7 +45,7 @@ def max_tokens(dp: int, tp: int = 1) -> int:
 
 
 def spread(dp: int, tp: int = 1) -> list[Round]:
-    """All prompts over ``dp`` ranks evenly; then very unevenly; then with idle ranks.
+    """All prompts over `dp` ranks evenly; then very unevenly; then with idle ranks.
 
     In the second round rank 0 has one short request and is idle while the last rank works on;
     in the third every rank but the last has no request at all.
@@ -64,7 +64,7 @@ def spread(dp: int, tp: int = 1) -> list[Round]:
 
 
 @dataclass
-class Lab:
+class EngineRuns:
     """Starts engines for the tests of a session; the same run is never made twice."""
 
     scratch: Callable[[str], Path]
@@ -82,9 +82,9 @@ class Lab:
         release: str = "",
         **options: Any,
     ) -> EngineConfig:
-        """Return a configuration; ``otp`` None is unpatched, ``options`` are vLLM's own.
+        """Return a configuration; `otp` None is unpatched, `options` are vLLM's own.
 
-        ``release`` is a vLLM release that is not the installed one. Compiled runs of one model,
+        `release` is a vLLM release that is not the installed one. Compiled runs of one model,
         layout and release share their compile cache.
         """
         moe = model.variant == "moe"
@@ -98,7 +98,7 @@ class Lab:
         if compiled and cache_key not in self._caches:
             self._caches[cache_key] = self.scratch("compiled")
         return EngineConfig(
-            demo_model.ensure(model.variant, trained=model.trained, progress=print),
+            demo_model.ensure(model.variant, trained=model.trained),
             dp=dp,
             tp=tp,
             compiled=compiled,
@@ -110,11 +110,11 @@ class Lab:
         )
 
     def off(self, model: Model, **layout: Any) -> OfflineRun:
-        """Return the unpatched run with two data-parallel ranks; ``layout`` as in `config`."""
+        """Return the unpatched run with two data-parallel ranks; `layout` as in `config`."""
         return self._run(model, None, **layout)
 
     def on(self, model: Model, otp: int, **layout: Any) -> OfflineRun:
-        """Return a run with the shim; ``layout`` as in `config`."""
+        """Return a run with the shim; `layout` as in `config`."""
         return self._run(model, otp, **layout)
 
     def _run(
@@ -141,11 +141,11 @@ class Lab:
 
 def completions(run: OfflineRun) -> list[Completion]:
     """All completions of a run, of all rounds and ranks."""
-    return [c for rank in run.ranks for entry in rank.rounds for c in entry]
+    return [c for rank in run.completions for entry in rank for c in entry]
 
 
 def assert_same_tokens(off: OfflineRun, on: OfflineRun) -> None:
-    """Each completion of ``on`` is token for token the unpatched one of the same prompt.
+    """Each completion of `on` is token for token the unpatched one of the same prompt.
 
     Completions of different lengths are compared as far as the shorter goes: they are greedy.
     The layouts may differ; what a rank answers does not depend on the other ranks.
@@ -165,13 +165,13 @@ def assert_same_tokens(off: OfflineRun, on: OfflineRun) -> None:
 def assert_round_sizes(run: OfflineRun, rounds: Sequence[Round]) -> None:
     """Every rank answered all its prompts of every round with as many tokens as asked for."""
     for number, entry in enumerate(rounds):
-        for rank, result in enumerate(run.ranks):
+        for rank, answers in enumerate(run.completions):
             wanted = [(prompt, entry.max_tokens[rank]) for prompt in entry.prompts[rank]]
-            assert [(c.prompt, len(c.token_ids)) for c in result.rounds[number]] == wanted
+            assert [(c.prompt, len(c.token_ids)) for c in answers[number]] == wanted
 
 
 def assert_unpatched(workers: list[dict[str, Any]], logs: Sequence[str], *, tp: int = 1) -> None:
-    """No worker was touched, and every one holds whole o_proj weights (but for ``tp``)."""
+    """No worker was touched, and every one holds whole o_proj weights (but for `tp`)."""
     for worker in workers:
         status = worker["status"]
         assert status["enabled"] is False
@@ -187,7 +187,7 @@ def assert_unpatched(workers: list[dict[str, Any]], logs: Sequence[str], *, tp: 
 def assert_sharded(
     workers: list[dict[str, Any]], logs: Sequence[str], *, dp: int, otp: int, tp: int = 1
 ) -> None:
-    """Every worker of every rank holds 1/``otp``, says so, and exchanged."""
+    """Every worker of every rank holds 1/`otp`, says so, and exchanged."""
     assert sorted((w["dp_rank"], w["tp_rank"]) for w in workers) == [
         (d, t) for d in range(dp) for t in range(tp)
     ]

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from oproj_patch.cli.demo_model import HIDDEN_SIZE, NUM_LAYERS, STORY
+from demo.model import HIDDEN_SIZE, NUM_LAYERS, STORY
 
 _LAYER = f"model.layers.{NUM_LAYERS}"
 
 
 def add(source: Path, directory: Path) -> Path:
-    """Copy the checkpoint in ``source`` to ``directory``, with one MTP layer; return that.
+    """Copy the checkpoint in `source` to `directory`, with one MTP layer; return that.
 
     The layer sees the current byte and proposes the one that most often follows it in the story.
     """

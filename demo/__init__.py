@@ -1,0 +1,1 @@
+"""Real vLLM engines on a CPU: the demo, and the launcher that tests and benchmarks use."""

@@ -1,0 +1,82 @@
+"""Offline `vllm.LLM`: the same tokens, 1/N of the weights, and the exchange ran."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from demo.engines import EngineConfig, OfflineRun, Round, run_offline
+
+from .runs import (
+    DENSE,
+    MOE,
+    PROMPTS,
+    STORY_TELLER,
+    EngineRuns,
+    Model,
+    assert_info_lines,
+    assert_same_tokens,
+    assert_unpatched,
+    spread,
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "compiled"),
+    [
+        pytest.param(STORY_TELLER, False, id="dense-eager"),
+        pytest.param(DENSE, True, id="dense-compiled"),
+        pytest.param(MOE, False, id="moe-eager"),
+        pytest.param(MOE, True, id="moe-compiled"),
+    ],
+)
+def test_two_ranks(runs: EngineRuns, model: Model, compiled: bool) -> None:
+    """DP=2, otp=2. A compiled run finds the unpatched one's compile cache warm."""
+    off = runs.off(model, compiled=compiled)
+    on = runs.on(model, 2, compiled=compiled)
+    assert_same_tokens(off, on)
+
+
+@pytest.mark.parametrize("otp", [2, 4])
+def test_four_ranks(runs: EngineRuns, otp: int) -> None:
+    """DP=4 as two groups of two and as one of four, against an unpatched DP=2."""
+    on = runs.on(STORY_TELLER, otp, dp=4)
+    assert_same_tokens(runs.off(STORY_TELLER), on)
+
+
+def test_tensor_parallel(runs: EngineRuns) -> None:
+    """TP=2 x DP=2, otp=2: groups [0, 2] and [1, 3]; vLLM's own all-reduce follows ours."""
+    on = runs.on(STORY_TELLER, 2, tp=2)
+    assert_same_tokens(runs.off(STORY_TELLER), on)
+
+
+def test_compile_cache_of_the_other_setting(runs: EngineRuns) -> None:
+    """off, on, off with one compile cache: the toggle never leads to the other's graphs.
+
+    Each rank looks for its graph under a hash of the configuration. Whether the CPU backend can
+    load what it finds there is vLLM's affair; that it looks in the right place is ours.
+    """
+    off = runs.off(DENSE, compiled=True)
+    on = runs.on(DENSE, 2, compiled=True)
+    warm_off = run_offline(runs.config(DENSE, otp=None, compiled=True), spread(2))
+    assert_unpatched(warm_off.workers, warm_off.logs)
+    assert_same_tokens(off, warm_off)
+    assert_same_tokens(off, on)
+    assert len(graph_files(off)) == len(graph_files(on)) == 2
+    assert graph_files(warm_off) == graph_files(off)
+    assert not graph_files(off) & graph_files(on)
+
+
+def graph_files(run: OfflineRun) -> set[str]:
+    """Return the files that vLLM said it loaded, saved or could not use: one per rank."""
+    return set(re.findall(r"/torch_aot_compile/(\w+/rank_\d+_\d+/model)", "\n".join(run.logs)))
+
+
+def test_plugin_alone(runs: EngineRuns) -> None:
+    """Without the probe nothing but vLLM's entry point can load the shim in a worker."""
+    config = runs.config(STORY_TELLER, otp=2)
+    bare = EngineConfig(config.model, env=config.env, extension=None)
+    run = run_offline(bare, [Round([PROMPTS[:2], PROMPTS[2:4]], [12, 12])])
+    assert_info_lines(run.logs, workers=2, otp=2)
+    assert_same_tokens(runs.off(STORY_TELLER), run)
