@@ -14,6 +14,9 @@ from . import topology
 from .errors import OprojError
 from .settings import TOGGLE, Settings
 
+EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+"""Fields of a model's configuration of which at least one is above 0 in a mixture of experts."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -198,8 +201,7 @@ def is_moe(model_config: Any) -> bool:
         return known
     # Before ModelConfig.is_moe existed (vLLM < 0.18).
     text = getattr(model_config, "hf_text_config", None) or model_config.hf_config
-    names = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
-    return any((getattr(text, name, 0) or 0) for name in names)
+    return any((getattr(text, name, 0) or 0) for name in EXPERT_COUNTS)
 
 
 def _of(config: Any, *path: str) -> Any:

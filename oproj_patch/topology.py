@@ -81,8 +81,36 @@ def check_divisible(name: str, input_size: int, tp_size: int, otp_size: int) -> 
         )
 
 
-def legal_sizes(dp_size: int, input_size: int, tp_size: int = 1) -> list[int]:
-    """Group sizes >= 2 that divide both the data-parallel size and the o_proj input dimension."""
+def legal_sizes(dp_size: int, input_size: int, tp_size: int = 1, block: int = 1) -> list[int]:
+    """Return the group sizes >= 2 that divide both the DP size and the o_proj input dimension.
+
+    block: input columns of one quantization block; every chunk is a whole multiple of it.
+    """
     return [
-        n for n in range(2, dp_size + 1) if dp_size % n == 0 and input_size % (tp_size * n) == 0
+        n
+        for n in range(2, dp_size + 1)
+        if dp_size % n == 0 and input_size % (tp_size * n * block) == 0
     ]
+
+
+def step_bytes(size: int, columns: int, outputs: int, element_bytes: int) -> int:
+    """Return the bytes that a rank sends in one layer per row of its own: dispatch and combine.
+
+    columns: input columns of one chunk, so that a row has `size * columns` of them; outputs: the
+        hidden size; element_bytes: of one activation.
+    """
+    return (size - 1) * (columns + outputs) * element_bytes
+
+
+def gather_bytes(size: int, chunk_bytes: int) -> int:
+    """Return the bytes that a rank sends while `size` ranks gather chunks of `chunk_bytes`."""
+    return (size - 1) * chunk_bytes
+
+
+def gather_threshold(gather: int, step: int) -> int:
+    """Return T*, the least rows per rank at which a gather moves no more bytes than the step.
+
+    gather, step: as from `gather_bytes` and `step_bytes`, both of the same layers. Where weights
+    and activations have the same element size, T* is `K*H / (K + N*H)`, rounded up.
+    """
+    return max(1, -(-gather // step))

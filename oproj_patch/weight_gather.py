@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from . import topology
 from .otp_group import OtpGroup
 from .row_counts import Counts
 
@@ -55,11 +56,12 @@ def threshold(layer: Any, group: OtpGroup) -> int:
         return 0
     if wanted is not None:
         return wanted
-    gathered = (group.size - 1) * sum(_bytes(tensor) for tensor in pieces(layer).values())
-    elements: int = (group.size - 1) * (layer.input_size_per_partition + layer.output_size)
-    a_row = layer.params_dtype.itemsize * elements
-    least: int = -(-gathered // a_row)
-    return max(1, least)
+    shard_bytes = sum(_bytes(tensor) for tensor in pieces(layer).values())
+    columns, outputs = layer.input_size_per_partition, layer.output_size
+    return topology.gather_threshold(
+        topology.gather_bytes(group.size, shard_bytes),
+        topology.step_bytes(group.size, columns, outputs, layer.params_dtype.itemsize),
+    )
 
 
 def obstacle(layer: Any, group: OtpGroup) -> str:
