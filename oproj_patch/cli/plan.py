@@ -278,7 +278,7 @@ def parse_config(
     layers = _integer(text, "num_hidden_layers")
     count = layers + _integer(text, "num_nextn_predict_layers", default=0, least=0)
     named = [c.get(key) for c in (text, config) for key in ("torch_dtype", "dtype")]
-    torch_dtype = next(filter(None, named), "bfloat16")
+    torch_dtype = str(next(filter(None, named), "bfloat16"))
     if torch_dtype not in TORCH_DTYPES:
         raise _unusable(
             f"config.json has torch_dtype = {torch_dtype!r}: {', '.join(TORCH_DTYPES)} are accepted"
@@ -295,7 +295,7 @@ def parse_config(
         schemes = [_scheme(quantization, of_layer) for of_layer in names]
         dtypes = [scheme[0] if scheme else plain for scheme in schemes]
         block = math.lcm(*(scheme[1] for scheme in schemes if scheme))
-        notes += _doubts(quantization, names[:layers])
+        notes += _doubts(quantization, names, layers)
     if len(set(dtypes[:layers])) > 1:
         notes.append("o_proj has not the same data type in all layers: each is counted in its own")
     if not any(text.get(key) for key in EXPERT_COUNTS):
@@ -446,10 +446,12 @@ def _compressed_group(quantization: dict[str, Any], names: Sequence[str]) -> dic
     return next(iter(by_name + by_class), {})
 
 
-def _doubts(quantization: dict[str, Any], names: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Yield a note for what the description says of o_proj and is not counted."""
+def _doubts(
+    quantization: dict[str, Any], names: Sequence[Sequence[str]], layers: int
+) -> Iterator[str]:
+    """Yield a note for what is said, or not said, of o_proj and had to be guessed."""
     method, every = quantization["quant_method"], [name for of_layer in names for name in of_layer]
-    missing = sum(_told(quantization, of_layer) is None for of_layer in names)
+    missing = sum(_told(quantization, of_layer) is None for of_layer in names[:layers])
     if method == "ascend" and missing:
         yield f"the description has no o_proj for {missing} layers: counted as not quantized"
     for key, entry, applied in _entries(quantization, every):
