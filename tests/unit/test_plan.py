@@ -312,6 +312,18 @@ QUANTIZATIONS: dict[str, tuple[dict[str, Any] | None, str, int, str | None]] = {
         1,
         None,
     ),
+    "compressed-tensors, NVFP4": (
+        compressed(a={"of": ["Linear"], "is": {"type": "float", "num_bits": 4, "group_size": 16}}),
+        "fp4",
+        16,
+        None,
+    ),
+    "compressed-tensors, blocks": (
+        compressed(a={"of": ["Linear"], "is": CT8 | {"block_structure": [64, 128]}}),
+        "fp8",
+        128,
+        None,
+    ),
     "compressed-tensors, no group of it": (
         compressed(a={"of": ["re:.*experts.*"], "is": CT4}),
         "bf16",
