@@ -21,7 +21,6 @@ setup(
     package_data={"oproj_patch": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=["wrapt>=1.16,<3"],
-    extras_require={"plot": ["matplotlib>=3.7"]},
     entry_points={
         "console_scripts": ["oproj-patch = oproj_patch.cli:main"],
         "vllm.general_plugins": ["oproj_patch = oproj_patch:plugin"],

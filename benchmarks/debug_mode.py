@@ -25,7 +25,7 @@ def measure(rows: int) -> dict[str, float]:
     from vllm.forward_context import set_forward_context
 
     import oproj_patch
-    from oproj_patch import otp_group
+    from oproj_patch.sharding import otp_group
     from tests.ranks.layers import build, groups
 
     torch.set_num_threads(1)

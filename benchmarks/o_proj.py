@@ -196,7 +196,7 @@ def _int8_config() -> Any:
 
 def _gather(layer: Any) -> Any:
     """Fetch the other ranks' shards, without the GEMM."""
-    from oproj_patch import weight_gather
+    from oproj_patch.sharding import weight_gather
 
     return weight_gather._gather(layer, layer.oproj.group)
 

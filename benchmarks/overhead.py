@@ -31,8 +31,8 @@ def main() -> int:
     from vllm.forward_context import set_forward_context
     from vllm.model_executor.layers.linear import RowParallelLinear
 
-    from oproj_patch import otp_group, row_parallel
-    from oproj_patch.seams.vllm import Forward
+    from oproj_patch.sharding import layer as row_parallel, otp_group
+    from oproj_patch.hosts.vllm import Vllm
     from oproj_patch.settings import Settings
     from tests.ranks.layers import groups
 

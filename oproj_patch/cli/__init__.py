@@ -15,9 +15,17 @@ BROKEN_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     from . import doctor, plan
 
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ["demo"]:
+        print(
+            "oproj-patch: the demo is not part of the installed package: run `tox -e demo` in a "
+            "checkout of the project",
+            file=sys.stderr,
+        )
+        return 2
     parser = argparse.ArgumentParser(
         prog="oproj-patch",
         description="Shard vLLM's attention output projection over data-parallel ranks.",
@@ -26,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in (plan, doctor):
         module.add_parser(commands)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments)
     try:
         code: int = args.func(args)
         sys.stdout.flush()

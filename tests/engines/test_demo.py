@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 from demo import model as demo_model
-from oproj_patch.cli.model_config import load_model
-from oproj_patch.cli.plan import make_plan
+from oproj_patch.cli.plan import load_model, make_plan
 
 from .runs import EngineRuns
 
@@ -35,9 +34,9 @@ def test_demo_and_the_plan_of_its_model(runs: EngineRuns) -> None:
 
     model = str(demo_model.ensure("dense", trained=True))
     plan = make_plan(model, load_model(model, "fp32"), dp=2)
-    (row,) = plan.rows
+    (row,) = plan["rows"]
     assert told["o_proj_bytes"] == {
-        "off": [plan.unsharded_bytes_per_rank] * 2,
-        "on": [row.o_proj_bytes_per_rank] * 2,
+        "off": [plan["unsharded_bytes_per_rank"]] * 2,
+        "on": [row["o_proj_bytes_per_rank"]] * 2,
     }
-    assert row.saved_bytes_per_rank == told["o_proj_bytes"]["off"][0] // 2
+    assert row["saved_bytes_per_rank"] == told["o_proj_bytes"]["off"][0] // 2

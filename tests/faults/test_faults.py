@@ -256,7 +256,7 @@ def _before_groups(fault: str) -> None:
 
         del deepseek_v2.DeepseekV2Attention
     elif fault == "kill before":
-        from oproj_patch import otp_group
+        from oproj_patch.sharding import otp_group
 
         otp_group.create = _kill  # type: ignore[assignment]
 

@@ -58,7 +58,7 @@ def lives(options: dict[str, Any], dp_ports: list[int]) -> list[dict[str, Any]]:
     from vllm import LLM, SamplingParams
 
     import oproj_patch
-    from oproj_patch import otp_group
+    from oproj_patch.sharding import otp_group
 
     rank = os.environ["RANK"]
     # vLLM has a world of its own for the engines of each time.

@@ -460,7 +460,7 @@ def check_attention(config: Any, attention: Any, place: int, name: str, scatters
     scatters: it is refused with two tensor-parallel ranks, where it would scatter its result.
     """
     from oproj_patch.row_parallel import ShardedMixin
-    from oproj_patch.seams import vllm_ascend
+    from oproj_patch.hosts import vllm_ascend
 
     hf = config.model_config.hf_config
     names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank", "kv_lora_rank")

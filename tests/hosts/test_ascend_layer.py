@@ -244,7 +244,7 @@ def test_layers_are_refused_by_name_with_a_remedy(here: Here) -> None:
     from vllm.model_executor.layers.linear import RowParallelLinear
     from vllm_ascend.ops import linear_op
 
-    from oproj_patch.seams import vllm_ascend
+    from oproj_patch.hosts import vllm_ascend
 
     config = here.config
     name = "model.layers.30.self_attn.o_proj"

@@ -114,7 +114,7 @@ def sharding(
 @contextlib.contextmanager
 def cut_up(one_call: int | None = None, scratch: int | None = None) -> Iterator[None]:
     """Bound an exchange; one_call: bytes of a message; scratch: bytes of the buffers."""
-    from oproj_patch import exchange
+    from oproj_patch.sharding import exchange
 
     with contextlib.ExitStack() as stack:
         for name, value in {"SMALL_BYTES": one_call, "SCRATCH_BYTES": scratch}.items():

@@ -429,7 +429,7 @@ def entry_point() -> None:
         for name in [n for n in sys.modules if n.partition(".")[0] == "oproj_patch"]:
             del sys.modules[name]
         plugins.load_general_plugins()
-        api = sys.modules.get("oproj_patch.api")
+        api = sys.modules.get("oproj_patch.activation")
         return api.status() if api else None
 
     assert load() is None and "oproj_patch" in sys.modules and changed(before) == []
@@ -485,7 +485,7 @@ def bad_toggle_through_the_entry_point() -> None:
     os.environ[TOGGLE] = "two"
     plugins.plugins_loaded = False
     plugins.load_general_plugins()
-    api = sys.modules["oproj_patch.api"]  # the import of the package itself failed
+    api = sys.modules["oproj_patch.activation"]  # the import of the package itself failed
     for _ in range(2):
         assert f"{TOGGLE} is 'two'" in raises("OPROJ001", first_group)
     os.environ[TOGGLE] = "2"
@@ -498,7 +498,7 @@ def _in_child(queue: Any) -> None:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    api = sys.modules.get("oproj_patch.api")
+    api = sys.modules.get("oproj_patch.activation")
     told = [api.status().enabled, api.status().size] if api else [False, 0]
     queue.put([*told, "torch" in sys.modules])
 

@@ -148,7 +148,7 @@ def _right(layout: Layout, example: dict[str, Any]) -> None:
     from vllm.forward_context import set_forward_context
 
     import oproj_patch
-    from oproj_patch import otp_group
+    from oproj_patch.sharding import otp_group
 
     kind = torch.get_default_dtype()
     columns, hidden, told = example["columns"], example["hidden"], example["told"]

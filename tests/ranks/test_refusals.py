@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from oproj_patch import refusals
+from oproj_patch.hosts import refusals
 from tests.ranks.launch import World
 
 MODEL = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from oproj_patch import exchange
+from oproj_patch.sharding import exchange
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from oproj_patch import handshake
+from oproj_patch.sharding import agreement
 from oproj_patch.errors import OprojError
 
 

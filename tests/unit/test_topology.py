@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oproj_patch import topology
+from oproj_patch.sharding import topology
 from oproj_patch.errors import OprojValueError
 
 # name: (dp groups, tp groups) as vLLM lists them; group size; otp groups; layer groups

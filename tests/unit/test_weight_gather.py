@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oproj_patch import weight_gather
+from oproj_patch.sharding import weight_gather
 from oproj_patch.settings import Settings
 
 torch = pytest.importorskip("torch")

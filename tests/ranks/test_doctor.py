@@ -1,4 +1,4 @@
-"""``oproj-patch doctor``, run as its users run it."""
+"""`oproj-patch doctor`, run as its users run it."""
 
 from __future__ import annotations
 
@@ -134,9 +134,27 @@ def test_a_command_that_vllm_refuses(model: str) -> None:
     assert code == 1
     assert states(report, "command") == [("problem", None)]
     assert "--no-such-option" in text(report, "command")
-    code, report = doctor("--", f"{TOGGLE}=2", *serve(model + "-missing"))
-    assert code == 1
-    assert states(report, "command") == [("problem", None)]
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("toggle", "config", "code", "size"),
+    [
+        ("2", "{}", None, 2),
+        ("3", "{}", "OPROJ003", 3),
+        ("auto", '{"oproj_tensor_parallel_size": 4}', None, 4),
+    ],
+)
+def test_a_model_that_is_not_there_leaves_the_checks_of_the_layout(
+    toggle: str, config: str, code: str | None, size: int
+) -> None:
+    options = ["--data-parallel-size", "4", "--additional-config", config]
+    ended, report = doctor("--", f"{TOGGLE}={toggle}", *serve("MODEL", *options))
+    assert (ended, report["size"]) == (1 if code else 0, size)
+    assert states(report, "command") == [("note", None)]
+    assert "MODEL is a placeholder or not reachable" in text(report, "command")
+    assert states(report, "refusals") == [("problem" if code else "ok", code)]
+    assert ("where the model can be read" in report["next"]) is (code is None)
 
 
 @needs_vllm
@@ -177,14 +195,30 @@ def test_off_or_not_understood(changes: dict[str, str], code: str | None) -> Non
     assert states(report, "plugin") == [("ok", None)]
 
 
-@needs_vllm
-def test_a_host_that_cannot_be_imported(tmp_path: Path) -> None:
+# --- the variables of the command, and what the host prints -----------------------------------
+
+NOISY_HOST = """
+import os
+print("on standard output")
+os.system("echo from a child; echo and another >&2")
+raise RuntimeError(f"level {os.environ['VLLM_LOGGING_LEVEL']}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "level"), [([], "ERROR"), (["VLLM_LOGGING_LEVEL=DEBUG"], "DEBUG")]
+)
+def test_a_host_that_prints_and_cannot_be_imported(
+    tmp_path: Path, given: list[str], level: str
+) -> None:
+    """Python itself starts with the variables: this PYTHONPATH decides which vLLM is found."""
     (tmp_path / "vllm").mkdir()
-    (tmp_path / "vllm" / "__init__.py").write_text("import no_such_library\n")
-    code, report = doctor(**{TOGGLE: "2", "PYTHONPATH": str(tmp_path)})
-    assert code == 1
+    (tmp_path / "vllm" / "__init__.py").write_text(NOISY_HOST)
+    variables = [f"PYTHONPATH={tmp_path}", f"{TOGGLE}=2", f"{TOGGLE}=4", *given]
+    code, report = doctor("--", *variables, *serve("MODEL"))
+    assert (code, report["size"]) == (1, 4)
     assert states(report, "host") == [("problem", None)]
-    assert "no_such_library" in text(report, "host")
+    assert f"(RuntimeError): level {level}" in text(report, "host")
 
 
 # --- without one ------------------------------------------------------------------------------
@@ -217,7 +251,8 @@ def test_plain_in_a_pipe(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert b"\x1b" not in done.stdout
     lines = done.stdout.decode().splitlines()
-    assert lines[-1] == "oproj_patch would not be active here: 3 things above."
+    assert lines[-2] == "oproj_patch would not be active here: 3 things above."
+    assert lines[-1] == "Next: mend what is marked problem, and run doctor again."
     assert max(map(len, lines)) <= 100
 
 

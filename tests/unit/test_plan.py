@@ -1,0 +1,625 @@
+"""`oproj-patch plan`: exact figures, and one sentence for whatever is wrong with an input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oproj_patch.cli import main
+from oproj_patch.cli.plan import (
+    ASCEND,
+    BUILTIN_MODELS,
+    MODELOPT,
+    format_plan,
+    load_model,
+    make_plan,
+    parse_config,
+)
+from oproj_patch.errors import OprojValueError
+from oproj_patch.sharding.topology import gather_bytes, gather_threshold, legal_sizes, step_bytes
+
+GIB = 2**30
+R1_K, R1_HIDDEN, R1_LAYERS = 16384, 7168, 61
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command_line(*arguments: str) -> int:
+    """Run the `plan` command in this process and return its exit code."""
+    return main(["plan", *arguments])
+
+
+def write_config(directory: Path, config: object) -> Path:
+    path = directory / "config.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def r1_config(**changes: Any) -> dict[str, Any]:
+    return {**BUILTIN_MODELS["deepseek-r1"], **changes}
+
+
+# --- arithmetic -------------------------------------------------------------------------------
+
+
+def test_legal_sizes_divide_dp_and_the_shard_is_whole_blocks() -> None:
+    assert legal_sizes(32, R1_K) == [2, 4, 8, 16, 32]
+    assert legal_sizes(12, R1_K) == [2, 4]
+    assert legal_sizes(12, 96 * 128) == [2, 3, 4, 6, 12]
+    assert legal_sizes(32, 2048, block=128) == [2, 4, 8, 16]
+    assert legal_sizes(32, 2048, tp_size=4, block=128) == [2, 4]
+    assert legal_sizes(1, R1_K) == []
+
+
+def r1_threshold(n: int, weight_bytes: int) -> int:
+    gather = gather_bytes(n, R1_K // n * R1_HIDDEN * weight_bytes)
+    return gather_threshold(gather, step_bytes(n, R1_K // n, R1_HIDDEN, 2))
+
+
+@pytest.mark.parametrize(("n", "rows"), [(2, 3823), (4, 2607), (8, 1593), (16, 896)])
+def test_gather_pays_from_k_h_over_k_plus_n_h_rows(n: int, rows: int) -> None:
+    assert r1_threshold(n, 2) == rows
+    gather, step = (
+        gather_bytes(n, R1_K // n * R1_HIDDEN * 2),
+        step_bytes(n, R1_K // n, R1_HIDDEN, 2),
+    )
+    assert (rows - 1) * step < gather <= rows * step
+
+
+def test_gather_pays_earlier_when_the_weight_is_smaller_than_the_activations() -> None:
+    assert r1_threshold(8, 1) == 797
+
+
+def test_step_and_gather_bytes() -> None:
+    # Out: 7/8 of each row's 16384 channels; back: 7 other ranks' rows of 7168 partial sums.
+    assert step_bytes(8, 2048, R1_HIDDEN, 2) == 2 * (7 * 2048 + 7 * 7168)
+    assert gather_bytes(8, 2048 * 7168) == 7 * 2048 * 7168
+    assert gather_threshold(1, 1000) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "tp", "kv_dtype", "expected"),
+    [
+        ("deepseek-r1", 1, "bf16", (512 + 64) * 61 * 2),
+        ("deepseek-r1", 8, "fp8", (512 + 64) * 61),
+        ("qwen3-235b-a22b", 1, "bf16", 2 * 4 * 128 * 94 * 2),
+        ("qwen3-235b-a22b", 2, "bf16", 2 * 2 * 128 * 94 * 2),
+        ("qwen3-235b-a22b", 8, "bf16", 2 * 1 * 128 * 94 * 2),
+    ],
+)
+def test_kv_cache_of_mla_and_gqa(model: str, tp: int, kv_dtype: str, expected: int) -> None:
+    plan = make_plan(model, load_model(model), dp=8, tp=tp, kv_dtype=kv_dtype)
+    assert plan["kv_bytes_per_token"] == expected
+
+
+# --- the plan ---------------------------------------------------------------------------------
+
+
+def test_r1_int8_at_8_saves_5_84_gib() -> None:
+    plan = make_plan("deepseek-r1", load_model("deepseek-r1", "int8"), prefill_rows=[4096, 1])
+    assert plan["unsharded_bytes_per_rank"] == R1_K * R1_HIDDEN * R1_LAYERS == 7_163_871_232
+    assert round(plan["unsharded_bytes_per_rank"] / GIB, 2) == 6.67
+    assert [row["otp_size"] for row in plan["rows"]] == [2, 4, 8, 16, 32]
+    row = plan["rows"][2]
+    assert row["o_proj_bytes_per_rank"] == 895_483_904
+    assert row["saved_bytes_per_rank"] == 6_268_387_328
+    assert round(row["saved_bytes_per_rank"] / GIB, 2) == 5.84
+    assert row["saved_bytes_instance"] == 32 * 6_268_387_328
+    assert row["kv_tokens_per_rank"] == 6_268_387_328 // 70_272 == 89_201
+    assert row["kv_tokens_instance"] == 32 * 89_201
+    assert row["exchange_bytes_per_token"] == 2 * (14_336 + 50_176) * 61
+    assert row["exchange_bytes_per_step"] == 24 * row["exchange_bytes_per_token"]
+    assert [cost["rows"] for cost in row["prefill"]] == [4096, 1]
+    assert row["prefill"][0]["exchange_bytes"] == 4096 * row["exchange_bytes_per_token"]
+    assert row["prefill"][0]["weight_gather_bytes"] == 7 * 2048 * 7168 * 61
+    assert row["weight_gather_rows"] == 797
+    assert plan["weight_gather_buffer_bytes"] == R1_K * R1_HIDDEN
+    assert (plan["mtp_layers"], plan["mtp_unsharded_bytes_per_rank"]) == (1, R1_K * R1_HIDDEN)
+    assert row["mtp_saved_bytes_per_rank"] == R1_K * R1_HIDDEN * 7 // 8
+
+
+def test_r1_bf16_is_13_3_gib() -> None:
+    plan = make_plan("deepseek-r1", load_model("deepseek-r1", "bf16"))
+    assert round(plan["unsharded_bytes_per_rank"] / GIB, 1) == 13.3
+    assert [row["weight_gather_rows"] for row in plan["rows"]][:4] == [3823, 2607, 1593, 896]
+
+
+def test_tensor_parallel_ranks_hold_a_part_already() -> None:
+    one = make_plan("glm-4.5", load_model("glm-4.5"), dp=8)
+    four = make_plan("glm-4.5", load_model("glm-4.5"), dp=8, tp=4)
+    assert four["unsharded_bytes_per_rank"] * 4 == one["unsharded_bytes_per_rank"]
+    for wide, narrow in zip(one["rows"], four["rows"], strict=True):
+        assert narrow["saved_bytes_per_rank"] * 4 == wide["saved_bytes_per_rank"]
+        assert narrow["saved_bytes_instance"] == wide["saved_bytes_instance"]
+
+
+@pytest.mark.parametrize(
+    ("name", "k", "hidden", "layers", "dtype"),
+    [
+        ("deepseek-r1", 16384, 7168, 61, "fp8"),
+        ("deepseek-v2-lite", 2048, 2048, 27, "bf16"),
+        ("kimi-k2", 8192, 7168, 61, "fp8"),
+        ("qwen3-235b-a22b", 8192, 4096, 94, "bf16"),
+        ("glm-4.5", 12288, 5120, 92, "bf16"),
+    ],
+)
+def test_builtin_models(name: str, k: int, hidden: int, layers: int, dtype: str) -> None:
+    shape = load_model(name)
+    assert (shape.o_proj_input, shape.hidden_size, len(shape.dtypes)) == (k, hidden, layers)
+    assert shape.weight_dtype == dtype
+    plan = make_plan(name, shape)
+    bits = 8 if dtype == "fp8" else 16
+    assert plan["unsharded_bytes_per_rank"] == k * hidden * layers * bits // 8
+    for row in plan["rows"]:
+        kept = row["o_proj_bytes_per_rank"]
+        assert kept * row["otp_size"] == plan["unsharded_bytes_per_rank"]
+        assert kept + row["saved_bytes_per_rank"] == plan["unsharded_bytes_per_rank"]
+    assert max(len(line) for line in format_plan(plan).splitlines()) <= 80
+
+
+@given(
+    heads=st.integers(1, 64),
+    head_dim=st.sampled_from([64, 96, 128, 192]),
+    hidden=st.integers(1, 8192),
+    layers=st.integers(1, 128),
+    dp=st.integers(2, 64),
+    dtype=st.sampled_from(["int4", "int8", "bf16", "fp32"]),
+)
+def test_a_legal_shard_times_n_is_the_whole(
+    heads: int, head_dim: int, hidden: int, layers: int, dp: int, dtype: str
+) -> None:
+    config = {
+        "num_attention_heads": heads,
+        "head_dim": head_dim,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_experts": 8,
+    }
+    shape = parse_config(config, dtype)
+    try:
+        plan = make_plan("x", shape, dp=dp)
+    except OprojValueError:
+        assert all(dp % n or (heads * head_dim) % n for n in range(2, dp + 1))
+        return
+    for row in plan["rows"]:
+        assert dp % row["otp_size"] == 0
+        # Half a byte at the end of an int4 shard is rounded up in every layer.
+        slack = row["o_proj_bytes_per_rank"] * row["otp_size"] - plan["unsharded_bytes_per_rank"]
+        assert 0 <= slack <= layers * row["otp_size"]
+        assert row["saved_bytes_per_rank"] > 0
+
+
+# --- the data type of each o_proj -------------------------------------------------------------
+
+NAME = "model.layers.{}.self_attn.o_proj"
+FIRST_TWO = [NAME.format(0), NAME.format(1)]
+ATTENTION_NORMS = ["lm_head", "model.layers.0.self_attn.q_norm", "model.layers.0.self_attn.k_norm"]
+CT8 = {"type": "float", "num_bits": 8}
+CT4 = {"type": "int", "num_bits": 4, "group_size": 64}
+
+
+def excluding(method: str, key: str, *entries: str, **more: Any) -> dict[str, Any]:
+    return {"quant_method": method, key: list(entries), **more}
+
+
+def compressed(*ignore: str, **targets: dict[str, Any]) -> dict[str, Any]:
+    groups = {f"group_{n}": {"targets": t["of"], "weights": t["is"]} for n, t in targets.items()}
+    groups = groups or {"group_0": {"targets": ["Linear"], "weights": CT8}}
+    return {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": list(ignore)}
+
+
+def described(**kinds: str) -> dict[str, str]:
+    """ModelSlim's description of 61 layers: `rest`, and others by `layer_N`."""
+    return {
+        f"{NAME.format(n)}.weight": kinds.get(f"layer_{n}", kinds["rest"]) for n in range(61)
+    } | {"model_quant_type": "W8A8_DYNAMIC"}
+
+
+# (quantization_config, data type with its layers, quantization block, part of a note or None)
+QUANTIZATIONS: dict[str, tuple[dict[str, Any] | None, str, int, str | None]] = {
+    "none": (None, "bf16", 1, None),
+    "fp8": ({"quant_method": "fp8"}, "fp8", 1, None),
+    "fp8, blocks": ({"quant_method": "fp8", "weight_block_size": [64, 128]}, "fp8", 128, None),
+    "fp8, norms excluded": (
+        excluding("fp8", "modules_to_not_convert", *ATTENTION_NORMS),
+        "fp8",
+        1,
+        None,
+    ),
+    "fp8, another projection excluded": (
+        excluding("fp8", "ignored_layers", "x.self_attn.q_proj"),
+        "fp8",
+        1,
+        None,
+    ),
+    "fp8, two layers excluded": (
+        excluding("fp8", "ignored_layers", *FIRST_TWO),
+        "bf16 x 2 + fp8 x 59",
+        1,
+        "not the same",
+    ),
+    "fp8, layer 1 is not layers 10 to 19": (
+        excluding("fp8", "modules_to_not_convert", NAME.format(1)),
+        "fp8 x 60 + bf16 x 1",
+        1,
+        "not the same",
+    ),
+    "fp8, all excluded by name": (
+        excluding("fp8", "ignored_layers", *map(NAME.format, range(62))),
+        "bf16",
+        1,
+        None,
+    ),
+    "fp8 compares whole names": (
+        excluding("fp8", "ignored_layers", "model.layers.0.self_attn"),
+        "fp8",
+        1,
+        "ignored_layers has 'model.layers.0.self_attn'",
+    ),
+    "fp8 reads no `ignore`": (excluding("fp8", "ignore", NAME.format(0)), "fp8", 1, "ignore has"),
+    "awq compares parts of names": (
+        excluding("awq", "modules_to_not_convert", "self_attn", bits=4, group_size=64),
+        "bf16",
+        1,
+        None,
+    ),
+    "awq, one layer": (
+        excluding("awq", "modules_to_not_convert", "layers.60.", bits=4, group_size=64),
+        "int4 x 60 + bf16 x 1",
+        64,
+        "not the same",
+    ),
+    "awq, older keys": ({"quant_method": "awq", "w_bit": 4, "group_size": 64}, "int4", 64, None),
+    "gptq": ({"quant_method": "gptq", "bits": 8, "group_size": -1}, "int8", 1, None),
+    "gptq with rules": (
+        {"quant_method": "gptq", "bits": 4, "dynamic": {"-:.*self_attn.*": {}}},
+        "int4",
+        1,
+        "dynamic has",
+    ),
+    "mxfp4 is of the experts": ({"quant_method": "mxfp4"}, "bf16", 1, None),
+    "compressed-tensors": (compressed("lm_head"), "fp8", 1, None),
+    "compressed-tensors, expression": (compressed("re:.*self_attn.*"), "bf16", 1, None),
+    "compressed-tensors, expression for some": (
+        compressed(r"re:model\.layers\.[0-2]\.self_attn\..*"),
+        "bf16 x 3 + fp8 x 58",
+        1,
+        "not the same",
+    ),
+    "compressed-tensors, expression from the start of the name": (
+        compressed("re:self_attn.*o_proj"),
+        "fp8",
+        1,
+        "ignore has",
+    ),
+    "compressed-tensors, an attention's name is not its o_proj's": (
+        compressed("model.layers.0.self_attn"),
+        "fp8",
+        1,
+        "ignore has",
+    ),
+    "compressed-tensors, the vision tower": (compressed("re:visual.*attn.*"), "fp8", 1, None),
+    "compressed-tensors, two groups": (
+        compressed(a={"of": ["Linear"], "is": CT4}, b={"of": ["re:.*o_proj"], "is": CT8}),
+        "fp8",
+        1,
+        None,
+    ),
+    "compressed-tensors, NVFP4": (
+        compressed(a={"of": ["Linear"], "is": {"type": "float", "num_bits": 4, "group_size": 16}}),
+        "fp4",
+        16,
+        None,
+    ),
+    "compressed-tensors, blocks": (
+        compressed(a={"of": ["Linear"], "is": CT8 | {"block_structure": [64, 128]}}),
+        "fp8",
+        128,
+        None,
+    ),
+    "compressed-tensors, no group of it": (
+        compressed(a={"of": ["re:.*experts.*"], "is": CT4}),
+        "bf16",
+        1,
+        None,
+    ),
+    "modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "fp4", 16, None),
+    "modelopt, wildcard": (
+        excluding("modelopt", "ignore", "*.layers.60.self_attn*", quant_algo="FP8"),
+        "fp8 x 60 + bf16 x 1",
+        1,
+        "not the same",
+    ),
+    "modelopt, each layer": (
+        {
+            "quant_method": "modelopt",
+            "quant_algo": "MIXED_PRECISION",
+            "quantized_layers": {name: {"quant_algo": "FP8"} for name in FIRST_TWO},
+        },
+        "fp8 x 2 + bf16 x 59",
+        1,
+        "not the same",
+    ),
+    "ascend, described in config.json": (
+        {"quant_method": "ascend", **described(rest="W8A8")},
+        "int8",
+        1,
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", QUANTIZATIONS)
+def test_each_layer_is_counted_as_the_quantizer_would(what: str) -> None:
+    quantization, dtype, block, note = QUANTIZATIONS[what]
+    shape = parse_config(r1_config(quantization_config=quantization))
+    assert (shape.weight_dtype, shape.block) == (dtype, block)
+    assert [note in told for told in shape.notes] == ([True] if note else [])
+    given_by_user = parse_config(r1_config(quantization_config=quantization), "int8")
+    assert (given_by_user.weight_dtype, given_by_user.block, given_by_user.notes) == ("int8", 1, ())
+
+
+def test_bytes_of_a_mixture_are_the_sum_over_its_layers() -> None:
+    quantization = excluding("fp8", "ignored_layers", *FIRST_TWO)
+    plan = make_plan("m", parse_config(r1_config(quantization_config=quantization)))
+    layer = R1_K * R1_HIDDEN
+    assert plan["unsharded_bytes_per_rank"] == 59 * layer + 2 * 2 * layer
+    assert plan["rows"][2]["o_proj_bytes_per_rank"] * 8 == plan["unsharded_bytes_per_rank"]
+    assert plan["weight_gather_buffer_bytes"] == 2 * layer
+    # 7 * 63 chunks are gathered instead of the rows of 61 layers.
+    assert plan["rows"][2]["weight_gather_rows"] == -(-7 * 63 * layer // 8 // (61 * 2 * 7 * 9216))
+    assert "fp8 x 59" in format_plan(plan)
+    assert max(map(len, format_plan(plan).splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("beside", "dtype", "note"),
+    [
+        ({ASCEND: described(rest="W8A8_DYNAMIC")}, "int8", None),
+        ({ASCEND: described(rest="W8A8", layer_0="FLOAT")}, "bf16 x 1 + int8 x 60", "not the same"),
+        ({ASCEND: described(rest="W4A8_DYNAMIC")}, "int4", None),
+        ({ASCEND: described(rest="W8A8_MXFP8")}, "fp8", None),
+        ({ASCEND: described(rest="FLOAT")}, "bf16", None),
+        ({ASCEND: {f"{NAME.format(0)}.weight": "W8A8"}}, "int8 x 1 + bf16 x 60", "for 60 layers"),
+        ({MODELOPT: {"quantization": {"quant_algo": "FP8"}}}, "fp8", None),
+        (
+            {MODELOPT: {"quantization": {"quant_algo": "NVFP4", "exclude_modules": ["*o_proj"]}}},
+            "bf16",
+            None,
+        ),
+    ],
+)
+def test_files_beside_the_configuration_are_read(
+    beside: dict[str, Any], dtype: str, note: str | None, tmp_path: Path
+) -> None:
+    write_config(tmp_path, r1_config(quantization_config=None))
+    for name, content in beside.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    shape = load_model(str(tmp_path))
+    assert shape.weight_dtype == dtype
+    assert any(note in told for told in shape.notes) if note else shape.notes == ()
+    assert load_model(str(tmp_path), "bf16").notes == ()
+
+
+def test_a_file_beside_that_is_of_another_quantizer_is_a_note(tmp_path: Path) -> None:
+    write_config(tmp_path, r1_config())
+    (tmp_path / ASCEND).write_text(json.dumps(described(rest="W8A8")))
+    shape = load_model(str(tmp_path))
+    assert shape.weight_dtype == "fp8"
+    assert shape.notes == (f"{ASCEND} is not read: the quantization is fp8",)
+
+
+def test_the_mtp_layer_is_counted_in_its_own_data_type(tmp_path: Path) -> None:
+    write_config(tmp_path, r1_config(quantization_config=None))
+    (tmp_path / ASCEND).write_text(json.dumps(described(rest="W8A8")))
+    shape = load_model(str(tmp_path))
+    assert (set(shape.dtypes), shape.mtp_dtypes) == ({"int8"}, ("bf16",))
+    assert make_plan("m", shape)["mtp_unsharded_bytes_per_rank"] == 2 * R1_K * R1_HIDDEN
+
+
+@pytest.mark.parametrize("root", ["model.language_model", "language_model.model"])
+def test_names_inside_a_multimodal_model(root: str) -> None:
+    inner = r1_config(quantization_config=None)
+    ignore = [f"{root}.layers.0.self_attn.o_proj"]
+    config = {"text_config": inner, "quantization_config": compressed(*ignore)}
+    assert parse_config(config).weight_dtype == "bf16 x 1 + fp8 x 60"
+
+
+# --- reading a configuration ------------------------------------------------------------------
+
+
+def test_quantization_blocks_limit_the_group_size() -> None:
+    narrow = r1_config(num_attention_heads=16)
+    assert [row["otp_size"] for row in make_plan("m", parse_config(narrow))["rows"]] == [
+        2,
+        4,
+        8,
+        16,
+    ]
+
+
+def test_nested_configuration_directory_and_file(tmp_path: Path) -> None:
+    inner = r1_config()
+    quantization = inner.pop("quantization_config")
+    path = write_config(
+        tmp_path,
+        {"text_config": inner, "quantization_config": quantization, "vision_config": {"depth": 1}},
+    )
+    assert load_model(str(path)) == load_model(str(tmp_path)) == load_model("deepseek-r1")
+
+
+def test_dense_model_is_remarked_on() -> None:
+    assert "no experts" in parse_config(r1_config(n_routed_experts=None)).notes[0]
+    assert parse_config(r1_config()).notes == ()
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line("deepseek-r1", "--dtype", "int8", "--json") == 0
+    output = json.loads(capsys.readouterr().out)
+    row = next(row for row in output["rows"] if row["otp_size"] == 8)
+    assert row["o_proj_bytes_per_rank"] == 895_483_904
+    assert row["saved_bytes_per_rank"] == 6_268_387_328
+    assert output["dtype"] == "int8"
+
+
+def test_table_shows_the_saving(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line("DeepSeek-R1", "--dtype", "int8") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    [line] = [
+        line for line in captured.out.splitlines() if line.split()[:3] == ["8", "0.83", "5.84"]
+    ]
+    assert line.split()[3:] == ["186.8", "+89,201", "+2,854,432"]
+    assert "1 MTP layer not counted: 0.11 GiB more" in captured.out
+
+
+def test_runs_without_torch_and_vllm() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'vllm', 'transformers', 'matplotlib', 'wrapt'):\n"
+        "    sys.modules[name] = None\n"
+        "from oproj_patch.cli.plan import format_plan, load_model, make_plan\n"
+        "print(format_plan(make_plan('kimi-k2', load_model('kimi-k2'))))\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OPROJ_TENSOR_PARALLEL_SIZE"}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "o_proj [7168, 8192] x 61 layers, fp8" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--dp", "0"],
+        ["--dp", "-8"],
+        ["--dp", "eight"],
+        ["--dp", "9" * 5000],
+        ["--tp", "1.5"],
+        ["--batch", "0"],
+        ["--dtype", "int3"],
+        ["--prefill-rows", "4096", "x"],
+        ["--plot", "plan.svg"],
+    ],
+)
+def test_bad_options(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command_line("deepseek-r1", *arguments)
+    assert stopped.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["--dp", "1"], "--dp is 1"),
+        (["--dp", "7"], "--dp is 7"),
+        (["--tp", "3"], "--tp is 3, which does not divide the model's 128 attention heads"),
+    ],
+)
+def test_deployments_that_cannot_be(
+    arguments: list[str], fragment: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line("deepseek-r1", *arguments) == 2
+    assert fragment in one_sentence(capsys)
+
+
+# --- what cannot be used --------------------------------------------------------------------------
+
+
+def one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    [line] = captured.err.splitlines()
+    assert line.startswith("oproj-patch: OPROJ018: ")
+    assert line.isprintable()
+    assert len(line) < 600
+    return line
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        (b"", "JSONDecodeError"),
+        (json.dumps(r1_config()).encode()[:-30], "JSONDecodeError"),
+        (b"\xff\xfe\x00", "UnicodeDecodeError"),
+        (b"[1, 2]", "'list' object"),
+        (b"null", "'NoneType' object"),
+        (b"{}", "no num_attention_heads"),
+    ],
+)
+def test_malformed_files(
+    content: bytes, fragment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    assert command_line(str(tmp_path)) == 2
+    assert fragment in one_sentence(capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"num_hidden_layers": -3}, "num_hidden_layers = -3"),
+        ({"hidden_size": "7168"}, "hidden_size = '7168'"),
+        ({"hidden_size": True}, "hidden_size = True"),
+        ({"hidden_size": 7168.0}, "hidden_size = 7168.0"),
+        ({"kv_lora_rank": {}}, "kv_lora_rank = {}"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers = -1"),
+        ({"torch_dtype": ["bfloat16"]}, "torch_dtype = \"['bfloat16']\""),
+        ({"quantization_config": "fp8"}, "TypeError"),
+        ({"quantization_config": {"quant_method": "fp8", "ignored_layers": 7}}, "TypeError"),
+        ({"quantization_config": compressed("re:(")}, "error: missing )"),
+        ({"quantization_config": {"quant_method": "ascend"}}, "name it with --dtype"),
+        ({"quantization_config": {"quant_method": "modelopt"}}, "name it with --dtype"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "name it with --dtype"),
+        ({"quantization_config": {"quant_method": "new"}}, "quant_method = 'new'"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 5}}, "name it with --dtype"),
+        (
+            {"layer_types": ["full_attention", "linear_attention"]},
+            "layer_types, with linear attention",
+        ),
+        ({"o_lora_rank": 1024}, "o_lora_rank"),
+    ],
+)
+def test_wrong_values(
+    changes: dict[str, Any], fragment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(tmp_path, r1_config(**changes))
+    assert command_line(str(tmp_path)) == 2
+    assert fragment in one_sentence(capsys)
+
+
+def test_missing_and_unreadable_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for model, fragment in [
+        (str(tmp_path / "none"), "or one of deepseek-r1"),
+        (str(tmp_path), "No such file"),
+        ("a\0b", "cannot be read"),
+        ("x" * 5000, "cannot be read"),
+        ("", "cannot be read"),
+    ]:
+        assert command_line(model) == 2, model[:20]
+        assert fragment in one_sentence(capsys)
+
+
+def test_the_demo_is_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--json"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "tox -e demo" in captured.err
