@@ -12,8 +12,9 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from oproj_patch.releases import ASCEND_RELEASES, VLLM_RELEASES
 from oproj_patch.hosts.registry import Seam
+
+from oproj_patch.releases import ASCEND_RELEASES, VLLM_RELEASES
 from oproj_patch.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def seams() -> str:
     """The seam inventory: every symbol of every host; symbols with one explanation share a row."""
-    from oproj_patch.hosts import ascend_option
     from oproj_patch.hosts import vllm, vllm_ascend
 
     versions = {"vllm": VLLM_RELEASES[-1], "vllm-ascend": [*ASCEND_RELEASES][-1]}

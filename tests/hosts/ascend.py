@@ -433,9 +433,8 @@ def own_part(full: torch.Tensor, config: Any) -> torch.Tensor:
 
 def unsharded(layer: Any, weight: torch.Tensor) -> None:
     """Let `layer` run with the whole weight of its heads and without any exchange of ours."""
-    from vllm.distributed import get_tp_group
-
     from oproj_patch.row_parallel import ShardedMixin
+    from vllm.distributed import get_tp_group
 
     tp = get_tp_group()
     weight = weight.chunk(tp.world_size, 1)[tp.rank_in_group]
@@ -460,6 +459,7 @@ def check_attention(config: Any, attention: Any, place: int, name: str, scatters
     scatters: it is refused with two tensor-parallel ranks, where it would scatter its result.
     """
     from oproj_patch.row_parallel import ShardedMixin
+
     from oproj_patch.hosts import vllm_ascend
 
     hf = config.model_config.hf_config

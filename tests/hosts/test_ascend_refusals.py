@@ -104,8 +104,7 @@ def test_configurations_are_refused_by_name_with_a_remedy(here: Here) -> None:
     from vllm import envs
     from vllm_ascend import ascend_config
 
-    from oproj_patch.hosts import detect
-    from oproj_patch.hosts import vllm_ascend
+    from oproj_patch.hosts import detect, vllm_ascend
 
     config = here.config
     version = detect().versions["vllm-ascend"]
@@ -157,8 +156,6 @@ def test_configurations_are_refused_by_name_with_a_remedy(here: Here) -> None:
 def test_another_vllm_is_refused(here: Here) -> None:
     import vllm
 
-    from oproj_patch import activation
-
     assert here.config
     with changed(vllm, "__version__", "0.12.0"):
         told = refused(api._install)
@@ -175,7 +172,6 @@ def test_a_symbol_that_is_gone_is_named_and_nothing_is_patched(here: Here) -> No
     assert here.config
     from vllm_ascend.attention import mla_v1
 
-    from oproj_patch import activation
     from oproj_patch.hosts import detect
     from oproj_patch.settings import Settings
 

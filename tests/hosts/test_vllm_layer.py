@@ -164,7 +164,8 @@ class Seams:
     """The package's seams: what they wrap now, and that they leave nothing."""
 
     def __init__(self) -> None:
-        from oproj_patch.hosts import seam as registry, vllm
+        from oproj_patch.hosts import seam as registry
+        from oproj_patch.hosts import vllm
         from oproj_patch.settings import Settings
 
         # Only the hook is there yet: the original is what it wraps.
@@ -490,7 +491,6 @@ def test_row_counts(here: Here) -> None:
     from vllm.forward_context import set_forward_context
 
     from oproj_patch.sharding import otp_group
-    from oproj_patch.hosts.vllm import Vllm
 
     announces = in_range(here.host.version, "0.11")
     group = otp_group.require("the test")

@@ -57,9 +57,8 @@ def model(name: str, path: str) -> None:
 
 
 def _look_at(name: str, config: Any) -> None:
-    from vllm.model_executor.layers.linear import RowParallelLinear
-
     from oproj_patch.row_parallel import ShardedMixin
+    from vllm.model_executor.layers.linear import RowParallelLinear
 
     _, _, model_class, attention, names = MODELS[name]
     # `check_model` has run in it.

@@ -81,7 +81,6 @@ def test_toggle_changed_after_the_model_was_built(tmp_path: Path) -> None:
 def changed_to(value: str) -> None:
     """In a rank: refuse the change, by call and by environment; the model stays as it was."""
     import oproj_patch
-    from oproj_patch import activation
 
     refused = (
         f"OPROJ010: {SIZE} changed while 2 o_proj layers are sharded 2-way in this process "

@@ -84,7 +84,8 @@ def test_gather(world: World, case: Case) -> None:
 def gathers(case: Case) -> None:
     """In a rank: every step's result is right, and the weight is gathered where it should be."""
     import oproj_patch
-    from oproj_patch.sharding import layer as row_parallel, otp_group, weight_gather
+    from oproj_patch.sharding import layer as row_parallel
+    from oproj_patch.sharding import otp_group, weight_gather
 
     columns, hidden, kind = 48, 20, getattr(torch, case.dtype)
     limit = {"float32": 5e-6, "bfloat16": 1e-2}[case.dtype]

@@ -1,25 +1,67 @@
-"""The sum of the partial results of a layer's ranks."""
+"""One step: the decision between patterns of communication, and the sum of partial results."""
 
 from __future__ import annotations
 
+import inspect
+import itertools
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from oproj_patch.sharding import exchange
+from oproj_patch.sharding.exchange import Pattern, Plan
+
+# DeepSeek-R1's layer on 8 ranks, bfloat16, graphs up to 512 rows.
+R1 = Plan(8, 16384, 7168, 2, 512, 0, 64 << 20)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 @pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 20), (300, 7168)], ids=str)
 def test_sum_is_that_of_float64_rounded_once(ranks: int, shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(ranks)
-    parts = [torch.randn(shape, generator=generator).bfloat16() for _ in range(ranks)]
-    total = exchange.sum_of(parts)
+    parts = torch.randn((ranks, *shape), generator=generator).bfloat16()
+    total = exchange.add_up(parts)
     assert total.dtype == torch.bfloat16 and total.shape == shape
-    exact = torch.stack([part.double() for part in parts]).sum(0)
+    exact = parts.double().sum(0)
     # Half a unit in the last of 8 bits, and float32's own rounding.
     assert bool(((total.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all())
 
 
 def test_small_terms_are_not_lost_between_large_ones() -> None:
-    parts = [torch.full((1, 4), value).bfloat16() for value in (256.0, 1.0, 1.0, -256.0)]
-    assert exchange.sum_of(parts).tolist() == [[2.0] * 4]
+    parts = torch.tensor([256.0, 1.0, 1.0, -256.0]).bfloat16().view(4, 1, 1).expand(4, 1, 4)
+    assert exchange.add_up(parts).tolist() == [[2.0] * 4]
+
+
+@given(st.lists(st.integers(0, 512), min_size=8, max_size=8), st.integers(0, 4000))
+def test_up_to_the_largest_captured_size_there_is_one_pattern(
+    counts: list[int], gather_from: int
+) -> None:
+    plan = R1._replace(gather_from=gather_from)
+    assert exchange.decide(tuple(counts), plan) == Pattern(gather=False, parts=1)
+
+
+@given(st.lists(st.integers(0, 9000), min_size=8, max_size=8), st.integers(0, 4000))
+def test_every_part_fits_the_buffers(counts: list[int], gather_from: int) -> None:
+    plan = R1._replace(gather_from=gather_from)
+    pattern = exchange.decide(tuple(counts), plan)
+    if pattern.gather:
+        assert min(counts) >= gather_from > 0 and max(counts) > 512
+        return
+    parts = pattern.parts
+    starts = [[count * part // parts for count in counts] for part in range(parts + 1)]
+    assert starts[0] == [0] * 8 and starts[-1] == counts
+    for before, after in itertools.pairwise(starts):
+        some = [b - a for a, b in zip(before, after, strict=True)]
+        if max(counts) > 512:
+            # One more row of a rank than its share, because rows cannot be cut.
+            room = plan.buffer_bytes + 8 * 7168 * 2
+            assert 8 * max(some) * 7168 * 2 <= room
+            assert max(8 * max(some), sum(some)) * 2048 * 2 <= room
+
+
+def test_the_decision_sees_nothing_that_one_rank_knows_alone() -> None:
+    """Its inputs are the counts of the pass and what the ranks compared before the first step."""
+    assert list(inspect.signature(exchange.decide).parameters) == ["counts", "plan"]
+    assert all(isinstance(value, int) for value in R1)

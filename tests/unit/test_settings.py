@@ -145,3 +145,55 @@ def test_an_error_needs_a_known_code() -> None:
     assert all(code == f"OPROJ{number:03}" for number, code in enumerate(CODES, 1))
     with pytest.raises(KeyError):
         OprojError("OPROJ999", "unknown")
+
+
+ENVIRON = {settings.TOGGLE: "4", settings.DEBUG: "1"}
+
+
+@pytest.mark.parametrize(
+    ("toggle", "ours", "expected"),
+    [
+        ("4", {"size": 4}, Settings(size=4)),
+        ("auto", {"size": 8}, Settings(size=8, auto=True)),
+        ("4", {"debug": True, "handshake_seconds": 5}, Settings(4, debug=True, handshake_seconds=5)),
+        ("4", {"weight_gather_rows": 0}, Settings(4, weight_gather_rows=0)),
+        ("4", {"skip_version_check": 1}, Settings(4, skip_version_check=True)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_additional_config(toggle: str, ours: dict[str, object], expected: Settings) -> None:
+    environ = {settings.TOGGLE: toggle}
+    config = {settings.CONFIG_KEY: ours, "refresh": True}
+    assert settings.merge(settings.read(environ), config, environ) == expected
+
+
+@pytest.mark.parametrize("config", [None, {}, "text", {"other": {"size": 8}}])
+def test_additional_config_without_our_key(config: object) -> None:
+    assert settings.merge(Settings(size=4), config, {}) == Settings(size=4)
+
+
+def test_a_variable_and_a_key_that_are_equal_are_accepted() -> None:
+    config = {settings.CONFIG_KEY: {"debug": True}}
+    assert settings.merge(settings.read(ENVIRON), config, ENVIRON).debug
+
+
+@pytest.mark.parametrize(
+    ("ours", "sentence"),
+    [
+        (7, 'additional_config.oproj_patch is 7; accepted is an object such as {"size": 8}'),
+        ({"sise": 8}, "additional_config.oproj_patch.sise is not known; accepted are size, debug"),
+        ({"size": "8"}, "additional_config.oproj_patch.size is '8'; accepted is an integer of 2"),
+        ({"size": True}, "additional_config.oproj_patch.size is True; accepted is an integer"),
+        ({"size": 8}, "OPROJ_TENSOR_PARALLEL_SIZE is 4 and additional_config.oproj_patch.size is"),
+        ({"debug": False}, "OPROJ_PATCH_DEBUG is '1' and additional_config.oproj_patch.debug is F"),
+        ({"debug": "yes"}, "additional_config.oproj_patch.debug is 'yes'; accepted are 0 and 1"),
+        ({"handshake_seconds": [5]}, "oproj_patch.handshake_seconds is [5]; accepted is a number"),
+        ({"weight_gather_rows": -1}, "oproj_patch.weight_gather_rows is -1; accepted are 0 (never"),
+        ({"weight_gather_rows": 1.5}, "oproj_patch.weight_gather_rows is 1.5; accepted are 0 (nev"),
+    ],
+    ids=str,
+)
+def test_additional_config_refused(ours: object, sentence: str) -> None:
+    with pytest.raises(OprojError) as raised:
+        settings.merge(settings.read(ENVIRON), {settings.CONFIG_KEY: ours}, ENVIRON)
+    assert raised.value.code == "OPROJ002" and sentence in str(raised.value)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oproj_patch.sharding import weight_gather
 from oproj_patch.settings import Settings
+from oproj_patch.sharding import weight_gather
 
 torch = pytest.importorskip("torch")
 
@@ -28,7 +28,7 @@ def o_proj(columns: int, hidden: int, ranks: int, weight: Any) -> tuple[Any, Any
         params_dtype=torch.bfloat16,
         oproj=SimpleNamespace(saved=columns // ranks * hidden * 2 * (ranks - 1)),
     )
-    return layer, SimpleNamespace(size=ranks, settings=Settings(size=ranks))
+    return layer, SimpleNamespace(size=ranks, graph_rows=0, settings=Settings(size=ranks))
 
 
 @pytest.mark.parametrize(("size", "rows"), [(2, 3823), (4, 2607), (8, 1593), (16, 896)])
@@ -43,3 +43,37 @@ def test_decision(least: int, counts: list[int]) -> None:
     chosen = weight_gather.wins(least, tuple(counts))
     assert chosen == (0 < least <= min(counts) and max(counts) <= 1.25 * min(counts))
     assert chosen == weight_gather.wins(least, tuple(sorted(counts)))
+
+
+class Opaque(torch.Tensor):
+    """A tensor whose bytes nobody may read, as torchao's are."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(str(func))
+
+
+def test_a_weight_that_cannot_be_read_plainly_is_not_gathered() -> None:
+    layer, group = o_proj(64, 32, 2, torch.bfloat16)
+    layer.weight = None
+    layer.packed = torch.Tensor._make_subclass(Opaque, torch.zeros(32, 32))
+    assert (
+        weight_gather.obstacle(layer, group) == "packed is a Opaque, which cannot be read plainly"
+    )
+    assert weight_gather.threshold(layer, group) == 0
+
+
+def test_at_0_nothing_is_inspected() -> None:
+    group = SimpleNamespace(size=2, settings=Settings(size=2, weight_gather_rows=0))
+    assert weight_gather.threshold(None, group) == 0
+
+
+def test_a_private_device_format_with_a_stand_in_for_npu_format(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, group = o_proj(64, 32, 2, torch.bfloat16)
+    assert weight_gather.obstacle(layer, group) == ""
+    monkeypatch.setattr(weight_gather, "_npu_format", lambda _: 29)  # FRACTAL_NZ
+    assert weight_gather.obstacle(layer, group) == "weight is in a private device format"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from oproj_patch.row_parallel import is_o_proj
+from oproj_patch.sharding.layer import is_o_proj
 
 
 @pytest.mark.parametrize(

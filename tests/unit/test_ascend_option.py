@@ -1,0 +1,72 @@
+"""vllm-ascend's own option and ours: one parser, one size, or one sentence."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from oproj_patch.errors import OprojError
+from oproj_patch.hosts import ascend_option
+from oproj_patch.hosts.host import resolved
+from oproj_patch.settings import Settings
+
+KEY = ascend_option.KEY
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        ({}, 0),
+        (None, 0),
+        ({KEY: 0}, 0),
+        ({KEY: 4}, 4),
+        ({"finegrained_tp_config": {KEY: 8}}, 8),
+        ({KEY: 0, "finegrained_tp_config": {KEY: 4}}, 4),  # 0 at the top level is "not set"
+        ({KEY: 4, "finegrained_tp_config": {KEY: 4}}, 4),
+    ],
+    ids=str,
+)
+def test_size(config: Any, size: int) -> None:
+    assert ascend_option.size_in(config) == size
+    found = [holder[KEY] for holder, _ in ascend_option.configured(config)]
+    assert set(found) == ({size} if size else set())
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({KEY: "4"}, f"{KEY} in --additional-config is '4'"),
+        ({KEY: 1}, f"{KEY} in --additional-config is 1"),
+        (
+            {KEY: 4, "finegrained_tp_config": {KEY: 8}},
+            f"{KEY} is 4 and finegrained_tp_config.{KEY}",
+        ),
+        ({KEY: 4, "oproj_patch": {"size": 8}}, f"oproj_patch.size is 8 but {KEY} is 4"),
+        ({}, "--additional-config names no size"),
+    ],
+    ids=str,
+)
+def test_auto_refused(config: Any, words: str) -> None:
+    with pytest.raises(OprojError) as raised:
+        resolved(Settings(auto=True), SimpleNamespace(additional_config=config))
+    assert raised.value.code == "OPROJ017" and words in str(raised.value)
+
+
+def test_auto_resolved() -> None:
+    for config in ({KEY: 4}, {"oproj_patch": {"size": 4}}, {KEY: 4, "oproj_patch": {"size": 4}}):
+        found = resolved(Settings(auto=True), SimpleNamespace(additional_config=config))
+        assert (found.size, found.auto) == (4, True)
+
+
+def test_out_of_sight_and_back() -> None:
+    config = {KEY: 4, "oproj_patch": {"size": 4}, "refresh": True}
+    with ascend_option._out_of_sight(config, Settings(auto=True)):
+        assert config == {"refresh": True}
+    assert config == {KEY: 4, "oproj_patch": {"size": 4}, "refresh": True}
+    with (
+        pytest.raises(OprojError, match="^OPROJ016: "),
+        ascend_option._out_of_sight(config, Settings(size=2)),
+    ):
+        raise AssertionError("refused before")
