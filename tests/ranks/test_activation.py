@@ -556,7 +556,7 @@ CASES: dict[str, Callable[[], None]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_vllm_first(case: str) -> None:
-    launch.run(1, CASES[case])
+    launch.run(1, CASES[case], seconds=300)
 
 
 @pytest.mark.parametrize("symbol", sorted(SYMBOLS))
