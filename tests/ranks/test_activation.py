@@ -509,7 +509,7 @@ def _child(method: str) -> Any:
     process = context.Process(target=_in_child, args=(queue,), daemon=True)
     process.start()
     try:
-        return queue.get(timeout=60)[:2]
+        return queue.get(timeout=120)[:2]
     finally:
         process.kill()
         process.join()
