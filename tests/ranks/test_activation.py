@@ -509,7 +509,7 @@ def _child(method: str) -> Any:
     process = context.Process(target=_in_child, args=(queue,), daemon=True)
     process.start()
     try:
-        return queue.get(timeout=60)[:2]
+        return queue.get(timeout=120)[:2]
     finally:
         process.kill()
         process.join()
@@ -556,7 +556,7 @@ CASES: dict[str, Callable[[], None]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_vllm_first(case: str) -> None:
-    launch.run(1, CASES[case])
+    launch.run(1, CASES[case], seconds=300)
 
 
 @pytest.mark.parametrize("symbol", sorted(SYMBOLS))
