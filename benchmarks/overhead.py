@@ -31,9 +31,10 @@ def main() -> int:
     from vllm.forward_context import set_forward_context
     from vllm.model_executor.layers.linear import RowParallelLinear
 
-    from oproj_patch.sharding import layer as row_parallel, otp_group
     from oproj_patch.hosts.vllm import Vllm
     from oproj_patch.settings import Settings
+    from oproj_patch.sharding import layer as sharded_layer
+    from oproj_patch.sharding import otp_group
     from tests.ranks.layers import groups
 
     torch.set_num_threads(1)
@@ -41,7 +42,7 @@ def main() -> int:
         from vllm.distributed import parallel_state
 
         group = otp_group.create(
-            [[0]], [[0]], "gloo", Settings(size=1, weight_gather_rows=0), {"host": "benchmark"}
+            [[0]], [[0]], "gloo", Settings(size=1, weight_gather_rows=0), "benchmark"
         )
         assert group is not None
 
@@ -49,8 +50,8 @@ def main() -> int:
             layer = RowParallelLinear.__new__(RowParallelLinear)
             given: dict[str, Any] = {"bias": False, "prefix": "model.layers.0.self_attn.o_proj"}
             if sharded:
-                row_parallel.construct(
-                    layer.__init__, layer, (32, 32), given, group, parallel_state, Forward()
+                sharded_layer.construct(
+                    layer.__init__, layer, (32, 32), given, group, parallel_state, Vllm({})
                 )
             else:
                 layer.__init__(32, 32, **given)

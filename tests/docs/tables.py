@@ -12,8 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from oproj_patch.hosts.registry import Seam
-
+from oproj_patch.hosts.seam import Seam
 from oproj_patch.releases import ASCEND_RELEASES, VLLM_RELEASES
 from oproj_patch.settings import Settings
 
@@ -21,36 +20,43 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def seams() -> str:
-    """The seam inventory: every symbol of every host; symbols with one explanation share a row."""
-    from oproj_patch.hosts import vllm, vllm_ascend
+    """Return the seam inventory: every symbol of every host; symbols of one purpose share a row."""
+    from oproj_patch import activation
+    from oproj_patch.hosts import ascend_option, vllm, vllm_ascend
 
-    versions = {"vllm": VLLM_RELEASES[-1], "vllm-ascend": [*ASCEND_RELEASES][-1]}
-    settings = Settings(size=2)
-    upstream = vllm.seams(settings, versions)
-    ascend = (builtin.seam(settings), *vllm_ascend.registry(vllm_ascend.Forward()))
-    rows: dict[tuple[str, ...], list[str]] = {}
+    upstream = (activation.group_seam(), *vllm.Vllm({}).seams())
+    own = vllm_ascend.registry(vllm_ascend.VllmAscend({}))
+    ascend = (ascend_option.seam(Settings(size=2)), *own)
+    rows: dict[tuple[str, str], list[str]] = {}
     for host, releases, registry in (
         ("vLLM", VLLM_RELEASES, upstream),
         ("vllm-ascend", ASCEND_RELEASES, ascend),
     ):
         for seam in registry:
-            told = (seam.why, seam.lower, seam.unpatched, seam.remove)
-            rows.setdefault((host, *told), []).append(_symbol(seam, tuple(releases)))
-    head = ("host", "symbols", "why", "why not lower", "without it", "goes when")
-    cells = [(host, "<br>".join(symbols), *told) for (host, *told), symbols in rows.items()]
-    return _table(head, cells)
+            rows.setdefault((host, seam.why), []).append(_symbol(seam, tuple(releases)))
+    cells = [(host, "<br>".join(symbols), why) for (host, why), symbols in rows.items()]
+    return _table(("host", "symbols", "needed to"), cells)
 
 
 def _symbol(seam: Seam, releases: tuple[str, ...]) -> str:
-    since, until = seam.since or releases[0], seam.until or releases[-1]
-    return f"`{seam.symbol}` ({since if since == until else f'{since} to {until}'})"
+    return f"`{seam.symbol}` ({_span(seam.since, seam.until, releases)})"
+
+
+def _span(since: str, until: str, releases: tuple[str, ...]) -> str:
+    first, last = since or releases[0], until or releases[-1]
+    return first if first == last else f"{first} to {last}"
 
 
 def refusals() -> str:
-    """Options that a sharded o_proj cannot be combined with, on every host."""
-    from oproj_patch.refusals import RULES
+    """Return what cannot be combined with a sharded o_proj, on either host."""
+    from oproj_patch.hosts.refusals import RULES
 
-    return _table(("configured by", "why not"), [(rule.option, rule.why) for rule in RULES])
+    rows = []
+    for rule in RULES:
+        releases = VLLM_RELEASES if rule.host == "vllm" else tuple(ASCEND_RELEASES)
+        span = f" {_span(rule.since, rule.until, releases)}" if rule.since or rule.until else ""
+        rows.append((rule.option, f"{rule.host}{span}", rule.why, rule.remedy))
+    return _table(("configured by", "host", "why not", "what to do"), rows)
 
 
 # What shows that a host works, by the name the table gives it: the test, for that host.

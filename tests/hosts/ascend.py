@@ -433,8 +433,9 @@ def own_part(full: torch.Tensor, config: Any) -> torch.Tensor:
 
 def unsharded(layer: Any, weight: torch.Tensor) -> None:
     """Let `layer` run with the whole weight of its heads and without any exchange of ours."""
-    from oproj_patch.row_parallel import ShardedMixin
     from vllm.distributed import get_tp_group
+
+    from oproj_patch.sharding.layer import ShardedMixin
 
     tp = get_tp_group()
     weight = weight.chunk(tp.world_size, 1)[tp.rank_in_group]
@@ -458,9 +459,8 @@ def check_attention(config: Any, attention: Any, place: int, name: str, scatters
 
     scatters: it is refused with two tensor-parallel ranks, where it would scatter its result.
     """
-    from oproj_patch.row_parallel import ShardedMixin
-
     from oproj_patch.hosts import vllm_ascend
+    from oproj_patch.sharding.layer import ShardedMixin
 
     hf = config.model_config.hf_config
     names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank", "kv_lora_rank")

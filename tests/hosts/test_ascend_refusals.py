@@ -82,17 +82,17 @@ def test_a_number_beside_the_built_in_option_is_refused(here: Here) -> None:
 
 # What is asked for: how the sentence names it, the releases that refuse it, and the remedy.
 REFUSALS: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "xlite": ("additional_config.xlite_graph_config.enabled", RELEASES, "disable one"),
-    "layer_sharding": ("additional_config.layer_sharding ['o_proj']", RELEASES, "out of the list"),
-    "prefill": ("prefill_context_parallel_size 2", RELEASES, "set it to 1"),
-    "decode": ("decode_context_parallel_size 2", RELEASES, "set it to 1"),
-    "VLLM_USE_V2_MODEL_RUNNER": ("VLLM_USE_V2_MODEL_RUNNER", RELEASES, "unset one"),
-    "VLLM_ASCEND_ENABLE_DBO": ("VLLM_ASCEND_ENABLE_DBO", RELEASES, "unset one"),
-    "eagle": ("speculative decoding by eagle", ("0.11.0",), "num_speculative_tokens to 1"),
-    "first engine": ("VLLM_USE_V1=0", ("0.9.1",), "set VLLM_USE_V1=1"),
-    "own graphs": ("ACL graphs of vllm-ascend 0.9.1", ("0.9.1",), "use --enforce-eager"),
-    "full graphs": ("graph", TORCHAIR, "accepted are|use --enforce-eager"),
-    "full graphs, drafter": ("graph", RELEASES, "accepted are|use --enforce-eager"),
+    "xlite": ("additional_config.xlite_graph_config.enabled is True", RELEASES, "remove the"),
+    "layer_sharding": ("additional_config.layer_sharding is ['o_proj']", RELEASES, "take o_proj"),
+    "prefill": ("--prefill-context-parallel-size is 2", RELEASES, "remove the option"),
+    "decode": ("--decode-context-parallel-size is 2", RELEASES, "remove the option"),
+    "VLLM_USE_V2_MODEL_RUNNER": ("VLLM_USE_V2_MODEL_RUNNER is 1", RELEASES, "unset one"),
+    "VLLM_ASCEND_ENABLE_DBO": ("VLLM_ASCEND_ENABLE_DBO is 1", RELEASES, "unset one"),
+    "first engine": ("VLLM_USE_V1 is 0", RELEASES, "set VLLM_USE_V1=1"),
+    "own graphs": ("its ACL graphs of vllm-ascend 0.9.1 is on", ("0.9.1",), "use --enforce-eager"),
+    "full graphs": ("of vllm-ascend 0.", TORCHAIR, "use PIECEWISE or NONE|use --enforce-eager"),
+    "full graphs, drafter": ("of vllm-ascend 0.", TORCHAIR, "use (PIECEWISE|--enforce-eager)"),
+    "eagle": ("", (), ""),
     "shared experts": ("enable_shared_expert_dp with torchair", ("0.11.0",), "disable one"),
     "nothing": ("", (), ""),
 }
@@ -104,10 +104,10 @@ def test_configurations_are_refused_by_name_with_a_remedy(here: Here) -> None:
     from vllm import envs
     from vllm_ascend import ascend_config
 
-    from oproj_patch.hosts import detect, vllm_ascend
+    from oproj_patch.hosts import detect
+    from oproj_patch.settings import Settings
 
-    config = here.config
-    version = detect().versions["vllm-ascend"]
+    config, host, settings = here.config, detect(), Settings(size=2)
     theirs = ascend_config._ASCEND_CONFIG
     enabled = SimpleNamespace(enabled=True)
     eagle = SimpleNamespace(method="eagle", num_speculative_tokens=2)
@@ -137,17 +137,17 @@ def test_configurations_are_refused_by_name_with_a_remedy(here: Here) -> None:
         with contextlib.ExitStack() as stack:
             for target, attribute, value in values:
                 stack.enter_context(changed(target, attribute, value))
-            told[asked] = refused(lambda: vllm_ascend.refuse_configuration(config, version))
+            told[asked] = refused(lambda: host.check(config, settings))
     for asked in ("VLLM_USE_V2_MODEL_RUNNER", "VLLM_ASCEND_ENABLE_DBO"):
         os.environ[asked] = "1"
-        told[asked] = refused(lambda: vllm_ascend.refuse_configuration(config, version))
+        told[asked] = refused(lambda: host.check(config, settings))
         del os.environ[asked]
     assert told.keys() == REFUSALS.keys()
     for asked, (name, wanted, remedy) in REFUSALS.items():
         if here.host.version not in wanted:
             assert told[asked] == "", asked
             continue
-        assert told[asked].startswith("OPROJ015: OPROJ_TENSOR_PARALLEL_SIZE is set together with")
+        assert told[asked].startswith("OPROJ015: OPROJ_TENSOR_PARALLEL_SIZE is 2, and ")
         assert name in told[asked], asked
         assert re.search(remedy, told[asked]), told[asked]
 
@@ -156,9 +156,12 @@ def test_configurations_are_refused_by_name_with_a_remedy(here: Here) -> None:
 def test_another_vllm_is_refused(here: Here) -> None:
     import vllm
 
-    assert here.config
+    from oproj_patch import activation
+    from oproj_patch.hosts import detect
+
+    config = here.config
     with changed(vllm, "__version__", "0.12.0"):
-        told = refused(api._install)
+        told = refused(lambda: activation._install(detect(), config))
     assert told.startswith(
         f"OPROJ009: requested vllm {here.host.vllm} for vllm-ascend {here.host.version}, found "
         "vllm 0.12.0"
@@ -169,23 +172,38 @@ def test_another_vllm_is_refused(here: Here) -> None:
 def test_a_symbol_that_is_gone_is_named_and_nothing_is_patched(here: Here) -> None:
     import wrapt
 
-    assert here.config
+    config = here.config
     from vllm_ascend.attention import mla_v1
 
+    from oproj_patch import activation
     from oproj_patch.hosts import detect
-    from oproj_patch.settings import Settings
 
     name = str(detect())
     assert name.startswith(f"vllm-ascend {here.host.version} on vllm {here.host.vllm}")
     implementation = mla_v1.AscendMLAImpl
     del mla_v1.AscendMLAImpl
-    told = refused(api._install)
+    told = refused(lambda: activation._install(detect(), config))
     mla_v1.AscendMLAImpl = implementation
     assert told.startswith("OPROJ008: vllm_ascend.attention.mla_v1.AscendMLAImpl.forward")
     for wanted in (name, "cannot be found", "vllm_ascend/attention/mla_v1.py, "):
         assert wanted in told
-    hook = "vllm.distributed.parallel_state.init_model_parallel_group"
-    for seam in detect().seams(Settings(size=4)):
-        if seam.symbol != hook:
-            found = wrapt.resolve_path(importlib.import_module(seam.module), seam.path)[2]
-            assert not isinstance(found, wrapt.FunctionWrapper), seam.symbol
+    for seam in detect().seams():
+        found = wrapt.resolve_path(importlib.import_module(seam.module), seam.path)[2]
+        assert not isinstance(found, wrapt.FunctionWrapper), seam.symbol
+
+
+@part()
+def test_our_key_is_out_of_its_sight(here: Here) -> None:
+    """`additional_config.oproj_patch` is there for us, and AscendConfig never sees it."""
+    from vllm_ascend import ascend_config
+
+    from oproj_patch.hosts.host import resolved
+    from oproj_patch.settings import Settings
+
+    ours = {"oproj_patch": {"size": 4, "weight_gather_rows": 0}}
+    config = ascend.configured(here.model, 2, additional_config=ours)
+    found = ascend_config.AscendConfig(config)
+    assert not hasattr(found, "oproj_patch")
+    assert config.additional_config["oproj_patch"] == ours["oproj_patch"]
+    settings = resolved(Settings(size=4), config)
+    assert (settings.size, settings.weight_gather_rows) == (4, 0)

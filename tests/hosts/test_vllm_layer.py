@@ -164,13 +164,14 @@ class Seams:
     """The package's seams: what they wrap now, and that they leave nothing."""
 
     def __init__(self) -> None:
+        from oproj_patch import activation
         from oproj_patch.hosts import seam as registry
         from oproj_patch.hosts import vllm
-        from oproj_patch.settings import Settings
 
         # Only the hook is there yet: the original is what it wraps.
         self.originals: dict[str, tuple[Any, str, Any]] = {}
-        for seam in vllm.seams(Settings(size=SIZE), {}):
+        host = vllm.Vllm({"vllm": "", "oproj_patch": ""})
+        for seam in (activation.group_seam(), *host.seams()):
             found = registry.resolve(seam, "")
             assert found is not None
             self.originals[seam.symbol] = (found[0], found[1], _unhooked(found[2]))
@@ -186,7 +187,7 @@ class Seams:
     def installed(self) -> None:
         import oproj_patch
 
-        assert len(self.originals) == 6
+        assert len(self.originals) == 8
         status = oproj_patch.status()
         assert list(status.seams) == self.replaced() == list(self.originals)
         assert list(status.otp_ranks) == [0, 1]
@@ -487,19 +488,19 @@ def _quantized(name: str, here: Here) -> dict[str, list[int]]:
 
 @part()
 def test_row_counts(here: Here) -> None:
-    """True counts from the release's own metadata; before 0.11 the ranks agree by themselves."""
+    """True counts from the release's own metadata: a tensor, or its running sum before 0.11."""
     from vllm.forward_context import set_forward_context
 
+    from oproj_patch.hosts.vllm import Vllm
     from oproj_patch.sharding import otp_group
 
-    announces = in_range(here.host.version, "0.11")
     group = otp_group.require("the test")
     for counts in ([3, 5], [6, 6], [1, 2]):
         with forward_context(here.config, counts, announced=True):
-            assert Forward().announced(group) == (tuple(counts) if announces else None)
+            assert Vllm({}).announced(group) == tuple(counts)
     # Without counts: the release's own all-reduce.
     with set_forward_context(None, here.config, num_tokens=4 + 3 * here.rank):
-        assert Forward().announced(group) == ((4, 7) if announces else None)
+        assert Vllm({}).announced(group) == (4, 7)
 
 
 @part()  # the last: some releases shard nothing that is built after a model

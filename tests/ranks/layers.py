@@ -112,14 +112,11 @@ def sharding(
 
 
 @contextlib.contextmanager
-def cut_up(one_call: int | None = None, scratch: int | None = None) -> Iterator[None]:
-    """Bound an exchange; one_call: bytes of a message; scratch: bytes of the buffers."""
+def cut_up(buffer: int | None = None) -> Iterator[None]:
+    """Cut steps into parts; buffer: bytes of a shared buffer."""
     from oproj_patch.sharding import exchange
 
-    with contextlib.ExitStack() as stack:
-        for name, value in {"SMALL_BYTES": one_call, "SCRATCH_BYTES": scratch}.items():
-            if value is not None:
-                stack.enter_context(mock.patch.object(exchange, name, value))
+    with mock.patch.object(exchange, "BUFFER_BYTES", buffer or exchange.BUFFER_BYTES):
         yield
 
 

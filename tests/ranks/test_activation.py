@@ -31,7 +31,13 @@ SEAMS = {
     "vllm.model_executor.model_loader.base_loader": ["initialize_model"],
     "vllm.config": ["VllmConfig.compute_hash"],
 }
+# Wrapped where a release has them.
+SAVERS = {
+    "vllm.model_executor.model_loader.sharded_state_loader": ["ShardedStateLoader.save_model"],
+    "vllm.model_executor.model_loader.tensorizer_loader": ["TensorizerLoader.save_model"],
+}
 SYMBOLS = {f"{module}.{path}" for module, paths in SEAMS.items() for path in paths}
+WRAPPED = SYMBOLS | {f"{module}.{path}" for module, paths in SAVERS.items() for path in paths}
 
 Snapshot = list[tuple[Any, str, Any]]
 
@@ -64,7 +70,7 @@ def changed(before: Snapshot) -> list[str]:
 
 
 def prepare() -> None:
-    for module in SEAMS:
+    for module in (*SEAMS, *SAVERS):
         importlib.import_module(module)
     import vllm.distributed
     from vllm.platforms import current_platform
@@ -80,7 +86,9 @@ def world() -> Any:
 
     from tests.ranks.layers import configuration
 
-    with tempfile.TemporaryDirectory() as scratch, set_current_vllm_config(configuration()):
+    config = configuration()
+    config.parallel_config.data_parallel_size = 2
+    with tempfile.TemporaryDirectory() as scratch, set_current_vllm_config(config):
         parallel_state.init_distributed_environment(
             1, 0, f"file://{scratch}/store", 0, backend="gloo"
         )
@@ -124,12 +132,12 @@ def import_after_vllm() -> None:
     assert changed(before) == ["vllm.distributed.parallel_state.init_model_parallel_group"]
     first_group()
     status = oproj_patch.status()
-    assert set(status.seams) == SYMBOLS and status.versions["vllm"].startswith("0.32.0")
+    assert set(status.seams) == WRAPPED and status.versions["vllm"].startswith("0.32.0")
     assert constructor() is not original and constructor().__wrapped__ is original
     assert changed(before) == sorted(
         {
             f"{module}.{path}" if "." not in path else path
-            for module, paths in SEAMS.items()
+            for module, paths in (SEAMS | SAVERS).items()
             for path in paths
         }
     )
@@ -371,7 +379,7 @@ def accepted() -> None:
 
     oproj_patch.enable(2)
     first_group()
-    assert set(oproj_patch.status().seams) == SYMBOLS
+    assert set(oproj_patch.status().seams) == WRAPPED
 
 
 def version_gate_reads_any_form() -> None:
@@ -491,7 +499,7 @@ def bad_toggle_through_the_entry_point() -> None:
     os.environ[TOGGLE] = "2"
     api.activate()
     first_group()
-    assert set(api.status().seams) == SYMBOLS
+    assert set(api.status().seams) == WRAPPED
 
 
 def _in_child(queue: Any) -> None:
@@ -581,7 +589,7 @@ def import_before_vllm() -> None:
     assert distributed.init_model_parallel_group is original
     before = snapshot()
     first_group()
-    assert set(oproj_patch.status().seams) == SYMBOLS
+    assert set(oproj_patch.status().seams) == WRAPPED
     oproj_patch.disable()
     assert changed(before) == ["vllm.distributed.parallel_state.init_model_parallel_group"]
     assert distributed.parallel_state.init_model_parallel_group is original

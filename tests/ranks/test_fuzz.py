@@ -76,8 +76,7 @@ def examples(dp: int, tp: int, size: int) -> st.SearchStrategy[dict[str, Any]]:
             "skip_bias_add": st.booleans(),
             "told": st.booleans(),
             "parallel_input": st.booleans(),
-            "one_call": st.sampled_from([0, 2000, 512 << 10]),
-            "scratch": st.sampled_from([5000, 64 << 20]),
+            "buffer": st.sampled_from([500, 5000, 64 << 20]),
         }
     )
 
@@ -139,7 +138,7 @@ def right(layout: Layout, example: dict[str, Any]) -> None:
         join(layout)
     if int(os.environ["RANK"]) < layout.dp * layout.tp:
         torch.set_default_dtype(getattr(torch, example["dtype"]))
-        with cut_up(example["one_call"], example["scratch"]):
+        with cut_up(example["buffer"]):
             _right(layout, example)
 
 

@@ -92,13 +92,13 @@ def built(layout: dict[str, int]) -> None:
     from vllm.distributed import parallel_state
 
     import oproj_patch
-    from oproj_patch import handshake, otp_group
+    from oproj_patch.sharding import agreement, otp_group
 
     new_group = dist.new_group
     dist.new_group = functools.wraps(new_group)(
         lambda ranks, *_, **__: new_group(ranks, backend="fake")
     )
-    handshake.agree = lambda *_, **__: None  # type: ignore[assignment]
+    agreement.agree = lambda *_, **__: None  # type: ignore[assignment]
     parallel_state.GroupCoordinator = Coordinator
     oproj_patch.enable(layout["size"])
     for rank, wanted in enumerate(expected(layout)):

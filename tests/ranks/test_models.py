@@ -57,8 +57,9 @@ def model(name: str, path: str) -> None:
 
 
 def _look_at(name: str, config: Any) -> None:
-    from oproj_patch.row_parallel import ShardedMixin
     from vllm.model_executor.layers.linear import RowParallelLinear
+
+    from oproj_patch.sharding.layer import ShardedMixin
 
     _, _, model_class, attention, names = MODELS[name]
     # `check_model` has run in it.

@@ -6,11 +6,15 @@ import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from oproj_patch.errors import OprojError
 from oproj_patch.hosts import refusals
+from oproj_patch.hosts.vllm import Vllm
+from oproj_patch.settings import Settings
 from tests.ranks.launch import World
 
 MODEL = {
@@ -63,6 +67,8 @@ TRANSFORM = {
 }
 DENSE = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "n_routed_experts": None}
 
+DYNAMIC = SimpleNamespace(num_speculative_tokens_per_batch_size=[(1, 8, 3), (9, 64, 1)])
+
 # case -> (EngineArgs, set afterwards, what is said)
 CASES: dict[str, tuple[dict[str, Any], list[list[Any]], str]] = {
     "nothing special": ({}, [], "passes with 2"),
@@ -82,6 +88,34 @@ CASES: dict[str, tuple[dict[str, Any], list[list[Any]], str]] = {
         {},
         [["parallel_config.enable_elastic_ep", True]],
         "--enable-elastic-ep is True: ",
+    ),
+    "fault tolerance": (
+        {},
+        [["parallel_config.enable_fault_tolerance", True]],
+        "--enable-fault-tolerance is True: ",
+    ),
+    "asynchronous EPLB over DeepEP": (
+        {},
+        [
+            ["parallel_config.enable_eplb", True],
+            ["parallel_config.eplb_config.use_async", True],
+            ["parallel_config.all2all_backend", "deepep_low_latency"],
+        ],
+        "asynchronous EPLB with --all2all-backend is deepep_low_latency: ",
+    ),
+    "EPLB that is not asynchronous": (
+        {},
+        [
+            ["parallel_config.enable_eplb", True],
+            ["parallel_config.eplb_config.use_async", False],
+            ["parallel_config.all2all_backend", "deepep_low_latency"],
+        ],
+        "passes with 2",
+    ),
+    "a dynamic number of drafted tokens": (
+        {},
+        [["speculative_config", DYNAMIC]],
+        "speculative_config.num_speculative_tokens_per_batch_size is given: a rank drafts",
     ),
     "dual-batch overlap": ({}, [["parallel_config.enable_dbo", True]], "--enable-dbo is True: "),
     "micro-batches": ({}, [["parallel_config.ubatch_size", 2]], "--ubatch-size is 2: "),
@@ -158,9 +192,6 @@ def verdict(name: str, directory: Path) -> str:
     """
     from vllm.engine.arg_utils import EngineArgs
 
-    from oproj_patch.errors import OprojError
-    from oproj_patch.settings import Settings
-
     case, sets, _ = CASES[name]
     given = {
         "skip_tokenizer_init": True,
@@ -182,7 +213,7 @@ def verdict(name: str, directory: Path) -> str:
         owner.__dict__[attribute] = value
     ranks = config.parallel_config.data_parallel_size
     try:
-        refusals.check(config, Settings(size=2), [list(range(ranks))])
+        Vllm({"vllm": "0.32.0"}).check(config, Settings(size=2))
     except OprojError as error:
         return str(error)
     return f"passes with {ranks} data-parallel ranks"
@@ -216,4 +247,65 @@ def test_refusal(told: Told, name: str) -> None:
 def test_every_rule_has_a_case(told: Told) -> None:
     sentences = [told(name) for name in CASES]
     for rule in refusals.RULES:
+        if rule.host != "vllm" or rule.option == "VLLM_USE_V1":  # of releases up to 0.10.2
+            continue
         assert any(rule.option in found and rule.why in found for found in sentences), rule
+
+
+GRAPHS = [
+    (
+        Settings(size=2, weight_gather_rows=512),
+        "OPROJ002: OPROJ_WEIGHT_GATHER_ROWS is 512, but device graphs are captured for up to 512 "
+        "rows, which exchange rows; accepted are 0 (never gather weights) and numbers above 512: "
+        "change it or unset it.",
+    ),
+    (
+        Settings(size=2, debug=True),
+        "OPROJ015: OPROJ_PATCH_DEBUG is 1, and device graphs are captured for up to 512 rows: a "
+        "rank that replays a graph cannot compare its place with the others; use "
+        "--enforce-eager, or unset OPROJ_PATCH_DEBUG.",
+    ),
+    (Settings(size=2, weight_gather_rows=513), ""),
+    (Settings(size=2, weight_gather_rows=0), ""),
+]
+
+
+@pytest.mark.parametrize(("settings", "sentence"), GRAPHS)
+def test_settings_that_device_graphs_exclude(settings: Settings, sentence: str) -> None:
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(is_moe=True, enforce_eager=False),
+        parallel_config=SimpleNamespace(data_parallel_size=2),
+        compilation_config=SimpleNamespace(
+            cudagraph_mode=SimpleNamespace(name="FULL_AND_PIECEWISE"),
+            cudagraph_capture_sizes=[1, 2, 512],
+        ),
+    )
+    host = Vllm({"vllm": "0.32.0"})
+    assert host.graph_rows(config) == 512
+    if not sentence:
+        host.check(config, settings)
+        return
+    with pytest.raises(OprojError) as raised:
+        host.check(config, settings)
+    assert str(raised.value) == sentence
+    config.compilation_config.cudagraph_mode.name = "NONE"
+    assert host.graph_rows(config) == 0
+    host.check(config, settings)
+
+
+@pytest.mark.parametrize(
+    ("fields", "rows"),
+    [
+        ({"cudagraph_capture_sizes": [8, 4, 1], "max_capture_size": 8}, 8),  # up to 0.11.0
+        ({"cudagraph_capture_sizes": [1, 4], "max_cudagraph_capture_size": 4}, 4),
+        ({"cudagraph_capture_sizes": [], "max_cudagraph_capture_size": 0}, 0),
+        ({"cudagraph_capture_sizes": None}, 0),
+        ({}, 0),
+    ],
+    ids=str,
+)
+def test_largest_captured_row_count(fields: dict[str, Any], rows: int) -> None:
+    config = SimpleNamespace(compilation_config=SimpleNamespace(**fields))
+    assert Vllm({"vllm": "0.32.0"}).graph_rows(config) == rows
+    config.model_config = SimpleNamespace(enforce_eager=True)
+    assert Vllm({"vllm": "0.32.0"}).graph_rows(config) == 0

@@ -81,6 +81,7 @@ def test_toggle_changed_after_the_model_was_built(tmp_path: Path) -> None:
 def changed_to(value: str) -> None:
     """In a rank: refuse the change, by call and by environment; the model stays as it was."""
     import oproj_patch
+    from oproj_patch import activation
 
     refused = (
         f"OPROJ010: {SIZE} changed while 2 o_proj layers are sharded 2-way in this process "
@@ -88,7 +89,7 @@ def changed_to(value: str) -> None:
     )
     changes: list[tuple[Callable[[], None], str]] = [
         (lambda: oproj_patch.enable(value), "2"),
-        (api.activate, value),
+        (activation.activate, value),
     ]
     for change, after in changes:
         with pytest.raises(oproj_patch.OprojError) as raised:
@@ -113,10 +114,10 @@ def test_quantization_blocks_that_cannot_be_divided(tmp_path: Path) -> None:
     assert (
         errors(2, 2, quantized, tmp_path, "bfloat16")
         == [
-            f"OprojValueError: OPROJ006: {SIZE} is 2, and vLLM cannot build {O_PROJ} for a "
-            "2-way split of its 128 input columns (ValueError: Weight input_size_per_partition = "
-            "64 is not divisible by weight quantization block_k = 128.): choose a smaller group "
-            "size."
+            f"OprojValueError: OPROJ006: {SIZE} is 2, and vLLM cannot build {O_PROJ} as "
+            "one of 2 parts of 128 input columns (ValueError: Weight input_size_per_partition = "
+            "64 is not divisible by weight quantization block_k = 128.): if vLLM builds this "
+            "model with the variable unset, choose a smaller group size or report the model."
         ]
         * 2
     )

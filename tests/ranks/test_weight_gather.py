@@ -84,7 +84,7 @@ def test_gather(world: World, case: Case) -> None:
 def gathers(case: Case) -> None:
     """In a rank: every step's result is right, and the weight is gathered where it should be."""
     import oproj_patch
-    from oproj_patch.sharding import layer as row_parallel
+    from oproj_patch.sharding import layer as sharded
     from oproj_patch.sharding import otp_group, weight_gather
 
     columns, hidden, kind = 48, 20, getattr(torch, case.dtype)
@@ -129,10 +129,10 @@ def gathers(case: Case) -> None:
         assert gathered == case.gathered
         assert oproj_patch.status().exchanges == len(case.rows)
         if case.least is not None:
-            assert layer.oproj.gather_from == case.least
-        summary = row_parallel.summary(group)
+            assert layer.oproj.plan.gather_from == case.least
+        summary = sharded.summary(group)
         assert case.summary in summary and ("gather" in summary) == (case.says != "0")
-        kept = group.scratch["weight"].numel() if "weight" in group.scratch else 0
+        kept = group.buffers["weight"].numel() if "weight" in group.buffers else 0
         if not case.buffer:
             assert kept == 0
         elif case.least == 11:

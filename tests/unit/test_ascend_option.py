@@ -66,7 +66,7 @@ def test_out_of_sight_and_back() -> None:
         assert config == {"refresh": True}
     assert config == {KEY: 4, "oproj_patch": {"size": 4}, "refresh": True}
     with (
-        pytest.raises(OprojError, match="^OPROJ016: "),
+        pytest.raises(OprojError, match=r"^OPROJ016: "),
         ascend_option._out_of_sight(config, Settings(size=2)),
     ):
         raise AssertionError("refused before")

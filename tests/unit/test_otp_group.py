@@ -73,5 +73,5 @@ def test_a_refused_start_is_repeated() -> None:
         assert raised.value is refusal
     finally:
         otp_group.refuse(None)
-    with pytest.raises(otp_group.OprojError, match="^OPROJ007: "):
+    with pytest.raises(otp_group.OprojError, match=r"^OPROJ007: "):
         otp_group.require("model.layers.0.self_attn.o_proj")

@@ -155,7 +155,8 @@ ENVIRON = {settings.TOGGLE: "4", settings.DEBUG: "1"}
     [
         ("4", {"size": 4}, Settings(size=4)),
         ("auto", {"size": 8}, Settings(size=8, auto=True)),
-        ("4", {"debug": True, "handshake_seconds": 5}, Settings(4, debug=True, handshake_seconds=5)),
+        ("4", {"debug": True}, Settings(4, debug=True)),
+        ("4", {"handshake_seconds": 5}, Settings(4, handshake_seconds=5)),
         ("4", {"weight_gather_rows": 0}, Settings(4, weight_gather_rows=0)),
         ("4", {"skip_version_check": 1}, Settings(4, skip_version_check=True)),
     ],
