@@ -30,7 +30,7 @@ SLACK = 15
 """Allowed beyond a row's own time: on a busy machine of two cores most of it is start-up."""
 ON = {TOGGLE: "2"}
 DEBUG = {"OPROJ_PATCH_DEBUG": "1"}
-HOST = re.escape(socket.gethostname())
+NODE = re.escape(socket.gethostname())
 GONE = r"Connection (closed|reset)|Failed to (recv|send)|likely closed|[Rr]ead error|Broken pipe"
 ANYHOW = "anyhow"
 UNAWARE = rf"enforce fail at .*address\.cc|{GONE}"
@@ -55,36 +55,46 @@ class Row:
 
 
 UNSET = (
-    rf"OPROJ011: rank %d \(host {HOST}\): {TOGGLE} is not set there, or .* \(no hand-shake within "
-    rf"{SECONDS} s; the other ranks are on {HOST}\): set {TOGGLE}=2 for every process"
+    rf"OPROJ011: rank %d: {TOGGLE} is not set there, or .* \(no answer within {SECONDS} s; the "
+    rf"other ranks are on {NODE}\): set {TOGGLE}=2 for every process"
 )
 STORE_GONE = r"OPROJ011: the rank that holds the key-value store .* \(rank 0\) ended|" + GONE
 SIZES = (
-    rf"OPROJ011: the ranks do not agree on {TOGGLE}: rank 0, 1, 3 \(host {HOST}\) has 2; "
-    rf"rank 2 \(host {HOST}\) has 4"
+    rf"OPROJ011: the ranks do not agree on {TOGGLE}: rank 0, 1, 3 \(node {NODE}\) has 2; "
+    rf"rank 2 \(node {NODE}\) has 4"
 )
-CANNOT = rf"%s: rank %d \(host {HOST}\) cannot start: %s"
-NOT_TESTED = CANNOT % ("OPROJ009", 1, "requested vllm 0.9.1 to 0.32.0, found 0.99.0")
-NO_SYMBOL = CANNOT % ("OPROJ008", 1, r"vllm\.\S+DeepseekV2Attention.__init__ of .* cannot be found")
-NOT_A_DIVISOR = CANNOT % ("OPROJ003", 2, f"{TOGGLE} is 3; accepted are")
-NO_SIZE = CANNOT % ("OPROJ001", 2, f"{TOGGLE} is 'two'; accepted are")
 VERSION = r"OPROJ011: the ranks do not agree on the version of %s: rank \d \(.*\) has .*; rank \d"
+GRAPHS = (
+    r"OPROJ011: the ranks do not agree on cudagraph_capture_sizes: rank 0 .* rank 1 .* \[1, 64\]"
+)
 LAYERS = r"OPROJ012: layer model\.layers\.0\.self_attn\.o_proj is \[.*\] on rank 1 but \[.*\] on"
 ORDER = (
-    r"OPROJ013: rank %d is at exchange 2 of model\.layers\.%d\.self_attn\.o_proj while rank %d is "
-    r"at exchange 2 of model\.layers\.%d\.self_attn\.o_proj"
+    r"OPROJ013: rank %d is at step 2 of model\.layers\.%d\.self_attn\.o_proj while rank %d is "
+    r"at step 2 of model\.layers\.%d\.self_attn\.o_proj"
 )
-TOLD = r"OPROJ013: at exchange 2 of .* have \[3, 3\] rows, but rank 1 was told \[4, 3\]"
-ROWS = r"OPROJ014: o_proj got 5 rows on rank 1, but .* says \[3, 3\]"
+WRONG = r"OPROJ013: at step 2 of .* have \[3, 3\] rows, but the host of rank 1 announced \[4, 3\]"
+ROWS = r"OPROJ014: o_proj got 5 rows on rank 1 at .*, but .* says \[3, 3\]"
 ABSENT = (
-    r"OPROJ013: rank 1 did not arrive within %s s, or has ended \(rank 0 was at exchange 2 of "
+    r"OPROJ013: rank 1 did not arrive within %s s, or has ended \(rank 0 was at step 2 at "
     r"model\.layers\.0\.self_attn\.o_proj: .*\): look for the error in the log of that rank"
 )
 ABSENT_OF_4 = r"OPROJ013: rank 1 did not arrive within 1800 s, or has ended \(rank 0 was at .*3 was"
 NO_STORE = (
-    r"OPROJ013: an exchange between the ranks \[0, 1\] failed \(.*[Tt]imed out.*\), and the "
+    r"OPROJ013: a step of the ranks \[0, 1\] failed \(.*[Tt]imed out.*\), and the "
     r"key-value store on rank 0 does not answer"
 )
+
+
+def cannot(code: str, rank: int, world: int, sentence: str) -> list[str]:
+    """Return what each rank says when `rank` refuses: it the sentence, the others its rank too."""
+    others = rf"{code}: rank {rank} \(node {NODE}\) cannot start: {sentence}"
+    return [f"{code}: {sentence}" if other == rank else others for other in range(world)]
+
+
+NOT_TESTED = cannot("OPROJ009", 1, 2, "requested vllm 0.9.1 to 0.32.0, found 0.99.0")
+NO_SYMBOL = cannot("OPROJ008", 1, 2, r"vllm\.\S+DeepseekV2Attention.__init__ of .* cannot be found")
+NOT_A_DIVISOR = cannot("OPROJ003", 2, 4, f"{TOGGLE} is 3; accepted are")
+NO_SIZE = cannot("OPROJ001", 2, 4, f"{TOGGLE} is 'two'; accepted are")
 
 TABLE = {
     "variable missing on one rank": Row([UNSET % 1, UNAWARE], SECONDS + 2, rank_env=[ON, {}]),
@@ -95,40 +105,37 @@ TABLE = {
         [UNSET % 3, UNSET % 3, UNSET % 3, UNAWARE], SECONDS + 2, rank_env=[ON, ON, ON, {}]
     ),
     "another size": Row([SIZES] * 4, 5, rank_env=[ON, ON, {TOGGLE: "4"}, ON]),
-    "a size that one rank refuses": Row(
-        [NOT_A_DIVISOR] * 4, 5, rank_env=[ON, ON, {TOGGLE: "3"}, ON]
-    ),
-    "a size that is no number on one rank": Row(
-        [NO_SIZE] * 4, 5, rank_env=[ON, ON, {TOGGLE: "two"}, ON]
-    ),
+    "a size that one rank refuses": Row(NOT_A_DIVISOR, 5, rank_env=[ON, ON, {TOGGLE: "3"}, ON]),
+    "a size that is no number on one rank": Row(NO_SIZE, 5, rank_env=[ON, ON, {TOGGLE: "two"}, ON]),
     "no number on one rank, missing on another": Row(
-        [NO_SIZE] * 3 + [UNAWARE], SECONDS + 2, rank_env=[ON, ON, {TOGGLE: "two"}, {}]
+        [*NO_SIZE[:3], UNAWARE], SECONDS + 2, rank_env=[ON, ON, {TOGGLE: "two"}, {}]
     ),
     "another version of the package": Row([VERSION % "oproj_patch"] * 2, 5, "package"),
     "another version of vLLM": Row([VERSION % "vllm"] * 2, 5, "host"),
-    "an untested release on one rank": Row([NOT_TESTED] * 2, 5, "untested"),
-    "a patched symbol is missing on one rank": Row([NO_SYMBOL] * 2, 5, "symbol"),
+    "an untested release on one rank": Row(NOT_TESTED, 5, "untested"),
+    "a patched symbol is missing on one rank": Row(NO_SYMBOL, 5, "symbol"),
+    "other graph sizes on one rank": Row([GRAPHS] * 2, 5, "graphs"),
     "other layers on one rank": Row([LAYERS] * 2, 5, "layers"),
     "layers in another order, debug": Row(
         [ORDER % (1, 1, 0, 0), ORDER % (0, 0, 1, 1)], 5, "order", env=DEBUG
     ),
-    "row counts told wrongly, debug": Row([TOLD] * 2, 5, "told", env=DEBUG),
+    "row counts announced wrongly, debug": Row([WRONG] * 2, 5, "announced", env=DEBUG),
     # Without the debug mode gloo notices a longer message, and aborts.
-    "row counts told wrongly": Row([ANYHOW, ANYHOW], 10, "told", timeout=SECONDS),
-    "rows not as told": Row([ABSENT % 1800, ROWS], 10, "rows"),
-    "a rank is killed before the hand-shake": Row([UNSET % 1, None], SECONDS + 2, "kill before"),
-    "the rank with the store is killed before the hand-shake": Row(
+    "row counts announced wrongly": Row([ANYHOW, ANYHOW], 10, "announced", timeout=SECONDS),
+    "more rows than announced": Row([ABSENT % 1800, ROWS], 10, "rows"),
+    "a rank is killed before the agreement": Row([UNSET % 1, None], SECONDS + 2, "kill before"),
+    "the rank with the store is killed before the agreement": Row(
         [None, STORE_GONE], 5, "kill before", odd=0
     ),
-    "a rank is killed between two exchanges": Row([ABSENT % 1800, None], 10, "kill between"),
-    "a rank is killed during an exchange": Row([ABSENT % 1800, None], 10, "kill during"),
-    "one of four is killed during an exchange": Row(
+    "a rank is killed between two steps": Row([ABSENT % 1800, None], 10, "kill between"),
+    "a rank is killed during a step": Row([ABSENT % 1800, None], 10, "kill during"),
+    "one of four is killed during a step": Row(
         [ABSENT_OF_4, None, ABSENT_OF_4, ABSENT_OF_4], 10, "kill during", env={TOGGLE: "4"}
     ),
-    "the rank with the store is killed during an exchange": Row(
+    "the rank with the store is killed during a step": Row(
         [None, STORE_GONE], 5, "kill during", odd=0
     ),
-    "a rank is killed during an exchange, debug": Row(
+    "a rank is killed during a step, debug": Row(
         [ABSENT % SECONDS, None], 10, "kill during", env=DEBUG
     ),
     "a rank is stuck, debug": Row([ABSENT % SECONDS, None], SECONDS + 10, "stuck", env=DEBUG),
@@ -214,7 +221,9 @@ def play(dp: int, fault: str = "", odd: int = 1, timeout: int = 0) -> dict[str, 
     started = time.monotonic()
     try:
         _open.enter_context(world())
-        config = _open.enter_context(model_groups(dp, config=_config(timeout)))
+        config = _open.enter_context(
+            model_groups(dp, config=_config(timeout, fault if mine else ""))
+        )
         exchanges = _forwards(dp, fault if mine else "", config)
         _open.close()
     except RuntimeError as error:
@@ -227,14 +236,17 @@ def play(dp: int, fault: str = "", odd: int = 1, timeout: int = 0) -> dict[str, 
     return {"kind": "", "text": "", "seconds": time.monotonic() - started, "exchanges": exchanges}
 
 
-def _config(timeout: int) -> Any:
-    from vllm.config import ParallelConfig
+def _config(timeout: int, fault: str) -> Any:
+    from vllm.config import CUDAGraphMode, ParallelConfig
 
     config = configuration()
     config.parallel_config = ParallelConfig(
         distributed_timeout_seconds=timeout or None,
         cpu_distributed_timeout_seconds=timeout or None,
     )
+    if fault == "graphs":
+        config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+        config.compilation_config.cudagraph_capture_sizes = [1, 64]
     return config
 
 
@@ -258,7 +270,7 @@ def _before_groups(fault: str) -> None:
     elif fault == "kill before":
         from oproj_patch.sharding import otp_group
 
-        otp_group.create = _kill  # type: ignore[assignment]
+        otp_group.agree_to_start = _kill  # type: ignore[assignment]
 
 
 def _forwards(dp: int, fault: str, config: Any) -> int:
@@ -278,7 +290,7 @@ def _forwards(dp: int, fault: str, config: Any) -> int:
         if step == 1:
             _between_steps(fault)
         rows = 5 if fault == "rows" and step == 1 else 3
-        with _told(dp, fault if step == 1 else "", config), torch.inference_mode():
+        with _announced(dp, fault if step == 1 else "", config), torch.inference_mode():
             for layer in reversed(layers) if fault == "order" and step == 1 else layers:
                 output, _ = layer(torch.ones(rows, 48))
                 assert output.shape == (rows, hidden) and bool((output == 48.0).all())
@@ -289,7 +301,7 @@ def _between_steps(fault: str) -> None:
     if fault == "kill between":
         _kill()
     elif fault == "kill during":
-        time.sleep(1.5)  # the others are inside their exchange by then
+        time.sleep(1.5)  # the others are inside their step by then
         _kill()
     elif fault == "stuck":
         time.sleep(300)
@@ -298,12 +310,12 @@ def _between_steps(fault: str) -> None:
 
 
 @contextlib.contextmanager
-def _told(dp: int, fault: str, config: Any) -> Iterator[None]:
+def _announced(dp: int, fault: str, config: Any) -> Iterator[None]:
     """vLLM's own forward context, with the row counts it announces."""
     from vllm.forward_context import set_forward_context
 
     counts = torch.full((dp,), 3, dtype=torch.int32)
-    if fault == "told":
+    if fault == "announced":
         counts[0] = 4
     with set_forward_context(None, config, num_tokens=3, num_tokens_across_dp=counts):
         yield

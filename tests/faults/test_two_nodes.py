@@ -21,7 +21,7 @@ from tests.faults import engine
 
 TOGGLE = "OPROJ_TENSOR_PARALLEL_SIZE"
 SECONDS = 8
-"""Deadline of the hand-shake."""
+"""Deadline of the agreement."""
 SECONDS_TO_END = 60
 """From the first refusal in a log to the end of every process of a node, two cores."""
 
@@ -141,7 +141,7 @@ def test_variable_missing(net: Net, unset: int) -> None:
     envs[unset].clear()
     with two_nodes(net, 1, envs) as nodes:
         aware = nodes[1 - unset]
-        told = rf"OPROJ011: rank {unset} \(host node{unset + 1}\): {TOGGLE} is not set there, or"
+        told = rf"OPROJ011: rank {unset}: {TOGGLE} is not set there, or"
         deadline = time.monotonic() + 240
         while not re.search(told, aware.log()):
             assert time.monotonic() < deadline, aware.log()[-4000:]
