@@ -215,8 +215,11 @@ def _started() -> _Start:
     """Return this start of process groups; begin one when there is none in this world."""
     from torch import distributed
 
-    from .sharding import otp_group
-
+    toggle = os.environ.pop(TOGGLE, None)
+    try:  # with a malformed toggle the import of the package has failed, and would again
+        from .sharding import otp_group
+    finally:
+        _restore(toggle)
     world = distributed.group.WORLD
     if _state.start is None or _state.start.world is not world:
         _state.start = _Start(world)
