@@ -75,7 +75,7 @@ def _settle(
     if refusal is not None:
         told = f"rank {rank} (node {socket.gethostname()}) cannot start: {refusal.sentence}"
         _write(store, key, OprojError(refusal.code, told), end_others)
-        _hear(store, key, rank, ranks)
+        _hear(store, key, rank, ranks, seconds)
         return refusal
     # With a verdict already there, nobody needs to wait any longer.
     names = {other: f"{key}/{other}" for other in ranks}
@@ -103,11 +103,13 @@ def _write(
     return code, sentence
 
 
-def _hear(store: Any, key: str, rank: int, ranks: Sequence[int]) -> None:
+def _hear(
+    store: Any, key: str, rank: int, ranks: Sequence[int], seconds: float = HEARD_SECONDS
+) -> None:
     """Wait until `ranks` heard the verdict, because the store ends with the rank that holds it."""
     try:
         store.set(f"{key}/heard/{rank}", "1")
-        _wait(store, [f"{key}/heard/{other}" for other in ranks], HEARD_SECONDS)
+        _wait(store, [f"{key}/heard/{other}" for other in ranks], seconds)
     except RuntimeError:
         pass  # The rank with the store has ended; this rank knows the verdict.
 

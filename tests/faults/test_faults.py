@@ -221,9 +221,7 @@ def play(dp: int, fault: str = "", odd: int = 1, timeout: int = 0) -> dict[str, 
     started = time.monotonic()
     try:
         _open.enter_context(world())
-        config = _open.enter_context(
-            model_groups(dp, config=_config(timeout, fault if mine else ""))
-        )
+        config = _open.enter_context(model_groups(dp, config=_config(timeout, fault, mine)))
         exchanges = _forwards(dp, fault if mine else "", config)
         _open.close()
     except RuntimeError as error:
@@ -236,7 +234,7 @@ def play(dp: int, fault: str = "", odd: int = 1, timeout: int = 0) -> dict[str, 
     return {"kind": "", "text": "", "seconds": time.monotonic() - started, "exchanges": exchanges}
 
 
-def _config(timeout: int, fault: str) -> Any:
+def _config(timeout: int, fault: str, mine: bool) -> Any:
     from vllm.config import CUDAGraphMode, ParallelConfig
 
     config = configuration()
@@ -246,7 +244,7 @@ def _config(timeout: int, fault: str) -> Any:
     )
     if fault == "graphs":
         config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
-        config.compilation_config.cudagraph_capture_sizes = [1, 64]
+        config.compilation_config.cudagraph_capture_sizes = [1, 64 if mine else 32]
     return config
 
 
