@@ -87,11 +87,12 @@ def world() -> Any:
     from tests.ranks.layers import configuration
 
     config = configuration()
-    config.parallel_config.data_parallel_size = 2
     with tempfile.TemporaryDirectory() as scratch, set_current_vllm_config(config):
         parallel_state.init_distributed_environment(
             1, 0, f"file://{scratch}/store", 0, backend="gloo"
         )
+        # Only now, because vLLM then looks for the other data-parallel ranks.
+        config.parallel_config.data_parallel_size = 2
         try:
             yield parallel_state
         finally:
