@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class Status:
 class _Start:
     """One start of vLLM's process groups, on which the ranks agreed or which was refused."""
 
-    world: Any
+    world: weakref.ref[Any]
     settings: Settings = field(default_factory=Settings)
     key: str = ""
     host: Any = None
@@ -221,8 +222,9 @@ def _started() -> _Start:
     finally:
         _restore(toggle)
     world = distributed.group.WORLD
-    if _state.start is None or _state.start.world is not world:
-        _state.start = _Start(world)
+    if _state.start is None or _state.start.world() is not world:
+        # Weakly, because a process group must end with its world.
+        _state.start = _Start(weakref.ref(world))
         _begin(_state.start)
         otp_group.refuse(_state.start.refusal)
     return _state.start

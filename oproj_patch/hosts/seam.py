@@ -144,7 +144,11 @@ def _is_absent(error: Exception, seam: Seam) -> bool:
 
 
 def _drift(seam: Seam, host: str, what: str) -> OprojError:
-    where = getattr(sys.modules.get(seam.module), "__file__", None) or seam.module
+    module = sys.modules.get(seam.module)
+    owner = vars(module).get(seam.path.partition(".")[0]) if module is not None else None
+    # A package may only re-export the class.
+    module = sys.modules.get(getattr(owner, "__module__", ""), module)
+    where = getattr(module, "__file__", None) or seam.module
     return OprojError(
         "OPROJ008",
         f"{seam.symbol} of {host} {what}; oproj_patch needs it to {seam.why}: see {where}, "

@@ -92,7 +92,7 @@ def world() -> Any:
             1, 0, f"file://{scratch}/store", 0, backend="gloo"
         )
         # Only now, because vLLM then looks for the other data-parallel ranks.
-        config.parallel_config.data_parallel_size = 2
+        config.parallel_config.data_parallel_size = 4
         try:
             yield parallel_state
         finally:
@@ -402,7 +402,7 @@ def auto_without_a_size() -> None:
     oproj_patch.enable("auto")
     assert oproj_patch.status().enabled and oproj_patch.status().size == 0
     message = raises("OPROJ017", first_group)
-    assert "oproj_tensor_parallel_size in --additional-config is None" in message
+    assert f"{TOGGLE} is auto, but --additional-config names no size" in message
     assert oproj_patch.status().seams == ()
 
 
