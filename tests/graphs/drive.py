@@ -1,0 +1,466 @@
+"""In a process with one host: its own model runner drives a small sharded model, graphs emulated.
+
+Real: vLLM's configuration, groups, loader, model runner (constructor, `load_model`, capture,
+`execute_model`, `_dummy_run`), its compiler's splitting, graph wrapper and dispatcher.
+Stood in: the model's attention (a matrix product), and the steps' scheduler output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import importlib
+import inspect
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from tests.bodies import forks
+
+from . import emulator
+
+SIZE = 2
+HIDDEN, COLUMNS, LAYERS, VOCABULARY = 32, 64, 2, 64
+CAPTURE_SIZES = [1, 2, 4, 8, 24]
+MAX_ROWS = 64
+ATTENTION = "oproj_tests::attention"
+
+MODEL: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_shared_experts": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": LAYERS,
+    "moe_layer_freq": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": COLUMNS // 4,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "attention_bias": False,
+}
+
+Step = Sequence[Any]
+"""What each rank does: a list of rows for each of its requests; [] idles; None: zero tokens."""
+
+
+def matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
+    """A float32 matrix [rows, columns], the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator) / columns**0.5
+
+
+def expected(tokens: Sequence[int]) -> torch.Tensor:
+    """The model's output [tokens, HIDDEN] in float64, with whole weights and without a host."""
+    x = matrix(VOCABULARY, HIDDEN, 1).double()[torch.tensor(tokens)]
+    for index in range(LAYERS):
+        heads = torch.tanh(x @ matrix(COLUMNS, HIDDEN, 10 + index).double().t())
+        x = x + heads @ matrix(HIDDEN, COLUMNS, 20 + index).double().t()
+    return x
+
+
+class Done(BaseException):
+    """Ends a step after the forward pass; `hidden` is what the host would make logits of."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+def model_class() -> type[torch.nn.Module]:
+    """The small model. vLLM's decorator reads the configuration of its constructor."""
+    from vllm.compilation.decorators import support_torch_compile
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    library = torch.library.Library("oproj_tests", "FRAGMENT")
+    library.define("attention(Tensor x, Tensor weight, Tensor(a!) output) -> ()")
+
+    def attention(x: torch.Tensor, weight: torch.Tensor, output: torch.Tensor) -> None:
+        # Into memory of the piece before, as the host's own: the next piece reads it there.
+        torch.tanh(x @ weight.t(), out=output)
+
+    library.impl("attention", attention, "CompositeExplicitAutograd")
+    library._register_fake("attention", lambda x, weight, output: None)
+    _keep.append(library)
+
+    class Layer(torch.nn.Module):
+        def __init__(self, prefix: str, seed: int) -> None:
+            super().__init__()
+            self.o_proj = RowParallelLinear(
+                COLUMNS, HIDDEN, bias=False, prefix=f"{prefix}.self_attn.o_proj"
+            )
+            self.attention = torch.nn.Parameter(matrix(COLUMNS, HIDDEN, 10 + seed), False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            heads = x.new_empty((x.shape[0], COLUMNS))
+            torch.ops.oproj_tests.attention(x, self.attention, heads)
+            return x + self.o_proj(heads)[0]
+
+    class Inner(torch.nn.Module):
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+            super().__init__()
+            self.embedding = torch.nn.Parameter(matrix(VOCABULARY, HIDDEN, 1), False)
+            self.layers = torch.nn.ModuleList(
+                Layer(f"{prefix}.layers.{index}", index) for index in range(LAYERS)
+            )
+            caches = vllm_config.compilation_config.static_forward_context
+            for index in range(LAYERS):
+                caches[f"{prefix}.layers.{index}.self_attn.attn"] = SimpleNamespace(kv_cache=[])
+
+        def forward(
+            self,
+            input_ids: torch.Tensor,
+            positions: torch.Tensor,
+            intermediate_tensors: Any = None,
+            inputs_embeds: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            x = self.embedding[input_ids]
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    # What the decorator marks as dynamic it takes from annotations, which are texts here.
+    compiled: Any = support_torch_compile(
+        dynamic_arg_dims={"input_ids": 0, "positions": 0, "inputs_embeds": 0}
+    )(Inner)
+
+    class Small(torch.nn.Module):
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+            super().__init__()
+            self.model = compiled(vllm_config=vllm_config, prefix=prefix or "model")
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.model(*args, **kwargs)
+
+        def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.model.embedding[input_ids]
+
+        def compute_logits(self, hidden: torch.Tensor, *_: Any) -> torch.Tensor:
+            raise Done(hidden.clone())
+
+        def load_weights(self, weights: Any) -> set[str]:
+            for index, layer in enumerate(self.model.layers):
+                weight = layer.o_proj.weight
+                weight.weight_loader(weight, matrix(HIDDEN, COLUMNS, 20 + index))
+                # Not packed, as on a device; recent releases ask a CPU's layer for its product.
+                layer.o_proj.cpu_linear = torch.nn.functional.linear
+            return {name for name, _ in self.named_parameters()}
+
+    return Small
+
+
+_keep: list[Any] = []
+
+
+@contextlib.contextmanager
+def platform_with_graphs() -> Iterator[None]:
+    """vLLM's CPU platform says it has device graphs, and leaves the compilation as configured."""
+    from vllm.compilation import backends
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    check = platform.check_and_update_config
+
+    def keep_compilation(config: Any) -> None:
+        before = copy.copy(vars(config.compilation_config))
+        check(config)
+        vars(config.compilation_config).update(before)
+
+    answers = {
+        "check_and_update_config": staticmethod(keep_compilation),
+        "support_static_graph_mode": classmethod(lambda cls: True),
+        "get_static_graph_wrapper_cls": classmethod(
+            lambda cls: "vllm.compilation.cuda_graph.CUDAGraphWrapper"
+        ),
+        "get_piecewise_backend_cls": classmethod(
+            lambda cls: "vllm.compilation.cuda_piecewise_backend.CUDAPiecewiseBackend"
+        ),
+        "graph_pool_handle": staticmethod(emulator.pool_handle),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch.object(platform, name, answer, create=True))
+        # Not in CPU builds. An emulated graph keeps its memory, so a strong reference serves.
+        stack.enter_context(
+            mock.patch.object(torch.ops._C, "weak_ref_tensor", lambda tensor: tensor, create=True)
+        )
+        # Fusions for Inductor, which does not run; some exist on a device only.
+        stack.enter_context(
+            mock.patch.object(backends.VllmBackend, "configure_post_pass", lambda self: None)
+        )
+        yield
+
+
+def configuration(mode: str) -> Any:
+    """The VllmConfig of this rank in one graph mode."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    directory = Path(tempfile.mkdtemp(prefix="graphs-"))
+    (directory / "config.json").write_text(json.dumps(MODEL))
+    compilation: dict[str, Any] = {
+        "backend": "eager",
+        "custom_ops": ["none"],
+        "cudagraph_capture_sizes": CAPTURE_SIZES,
+        "cudagraph_mode": mode,
+        "cudagraph_num_of_warmups": 1,
+        "mode": 3,
+    }
+    config = EngineArgs(
+        model=str(directory),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=MAX_ROWS,
+        max_num_batched_tokens=MAX_ROWS,
+        max_num_seqs=32,
+        enable_prefix_caching=False,
+        data_parallel_size=SIZE,
+        distributed_executor_backend="external_launcher",
+        compilation_config=compilation,
+    ).create_engine_config()
+    if config.compilation_config.splitting_ops:
+        config.compilation_config.splitting_ops.append(ATTENTION)
+    config.parallel_config.data_parallel_rank = int(os.environ["RANK"])
+    config.parallel_config.distributed_executor_backend = "uni"
+    return config
+
+
+@contextlib.contextmanager
+def runner(mode: str) -> Iterator[Any]:
+    """The host's model runner after loading, profiling and capturing."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.model_executor.model_loader import base_loader
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.worker import gpu_model_runner
+
+    rank = int(os.environ["RANK"])
+    os.environ.setdefault("VLLM_DIST_IDENT", os.environ["MASTER_PORT"])
+    with emulator.installed(), platform_with_graphs():
+        parallel_state.init_distributed_environment(
+            SIZE, rank, "tcp://127.0.0.1:" + os.environ["MASTER_PORT"], rank, "gloo"
+        )
+        config = configuration(mode)
+        with set_current_vllm_config(config):
+            parallel_state.initialize_model_parallel(1, 1)
+            from oproj_patch import otp_group
+
+            group = otp_group.current()
+            assert group is not None
+            group.pairwise = False
+            with contextlib.suppress(ModuleNotFoundError):
+                workspace = importlib.import_module("vllm.v1.worker.workspace")
+                workspace.init_workspace_manager(torch.device("cpu"))
+            found = gpu_model_runner.GPUModelRunner(config, torch.device("cpu"))
+            small = model_class()
+
+            def load(self: Any, vllm_config: Any, model_config: Any, **_: Any) -> Any:
+                model = base_loader.initialize_model(vllm_config, model_class=small)
+                model.load_weights(())
+                return model.eval()
+
+            with mock.patch.object(base_loader.BaseModelLoader, "load_model", load):
+                found.load_model()
+            if hasattr(config.cache_config, "kv_cache_layout"):
+                config.cache_config.kv_cache_layout = "LBNHC"  # what the engine tells its workers
+            found.initialize_kv_cache(
+                KVCacheConfig(num_blocks=64, kv_cache_tensors=[], kv_cache_groups=[])
+            )
+            with contextlib.suppress(Done):
+                found.profile_run()
+            # It prepares communicators that a CPU does not have.
+            with mock.patch.object(
+                gpu_model_runner, "graph_capture", lambda *_, **__: contextlib.nullcontext()
+            ):
+                found.capture_model()
+            yield found
+
+
+def scheduled(rows: Sequence[int], step: int) -> tuple[Any, list[int]]:
+    """The scheduler's output for a request of each of `rows`, all new; their last tokens.
+
+    A request of one row decodes: its prompt has been computed but for one token.
+    """
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.core.sched import output
+
+    new, last = [], []
+    rank = int(os.environ["RANK"])
+    for index, count in enumerate(rows):
+        computed = 3 if count == 1 else 0
+        tokens = [
+            (7 * step + 3 * index + 5 * rank + place) % VOCABULARY
+            for place in range(computed + count)
+        ]
+        last.append(tokens[-1])
+        new.append(
+            _built(
+                output.NewRequestData,
+                req_id=_name(step, index),
+                prompt_token_ids=tokens,
+                prefill_token_ids=tokens,
+                sampling_params=SamplingParams(temperature=0.0),
+                block_ids=([],),
+                num_computed_tokens=computed,
+            )
+        )
+    told = _built(
+        output.SchedulerOutput,
+        scheduled_new_reqs=new,
+        scheduled_cached_reqs=output.CachedRequestData.make_empty(),
+        num_scheduled_tokens={_name(step, index): count for index, count in enumerate(rows)},
+        total_num_scheduled_tokens=sum(rows),
+        finished_req_ids=set(_running),
+    )
+    _running[:] = [_name(step, index) for index in range(len(rows))]
+    return told, last
+
+
+_running: list[str] = []
+_EMPTY: dict[str, Any] = {
+    "scheduled_spec_decode_tokens": {},
+    "scheduled_encoder_inputs": {},
+    "num_common_prefix_blocks": [],
+    "free_encoder_input_ids": [],
+    "free_encoder_mm_hashes": [],
+    "structured_output_request_ids": {},
+    "grammar_bitmask": None,
+    "mm_features": [],
+    "mm_inputs": [],
+    "mm_kwargs": [],
+    "mm_hashes": [],
+    "mm_positions": [],
+    "pooling_params": None,
+    "lora_request": None,
+}
+
+
+def _name(step: int, index: int) -> str:
+    return f"step{step}-{index}"
+
+
+def _built(cls: Any, **given: Any) -> Any:
+    """An instance of a release's data class; what a test does not tell is empty."""
+    told = {}
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if name in given:
+            told[name] = given[name]
+        elif parameter.default is parameter.empty:
+            told[name] = copy.copy(_EMPTY[name])
+    return cls(**told)
+
+
+def idle(found: Any) -> None:
+    """What the host's worker does for a rank without a request."""
+    from vllm.v1.worker import gpu_worker
+
+    worker: Any = object.__new__(gpu_worker.Worker)
+    worker.__dict__.update(model_runner=found, randomize_dummy_inputs=False)
+    with contextlib.suppress(Done):
+        worker.execute_dummy_batch()
+
+
+def do(found: Any, rows: Any, step: int) -> float | None:
+    """One step of this rank; the largest error of its requests' outputs, None without one."""
+    if rows is None:
+        found.execute_model(scheduled([], step)[0])
+        # The engine runs a dummy batch when the model did not run.
+        idle(found)
+        return None
+    if not rows:
+        idle(found)
+        return None
+    told, last = scheduled(rows, step)
+    try:
+        with torch.inference_mode():
+            found.execute_model(told)
+    except Done as done:
+        hidden = done.hidden
+    else:
+        raise AssertionError("the step did not come to its logits")
+    if getattr(found, "execute_model_state", None) is not None:
+        found.execute_model_state = None
+    assert hidden.shape == (len(rows), HIDDEN), hidden.shape
+    return float((hidden.double() - expected(last)).abs().max())
+
+
+def steps(mode: str, plan: Sequence[Step]) -> dict[str, Any]:
+    """Run `plan[step][rank]` on this rank; errors, graphs, and how each step ran."""
+    rank = int(os.environ["RANK"])
+    with runner(mode) as found:
+        told: dict[str, Any] = {"captures": emulator.Graph.captures, "errors": [], "replays": []}
+        for number, step in enumerate(plan):
+            before = emulator.Graph.replays
+            told["errors"].append(do(found, step[rank], number))
+            told["replays"].append(emulator.Graph.replays - before)
+        return told
+
+
+def cell(mode: str, plan: Sequence[Step], seconds: float) -> list[dict[str, Any]]:
+    """`steps` on two ranks forked from this process; an error's text where a rank has none."""
+    from tests.ranks import free_port
+
+    port = free_port()
+
+    def rank(number: int) -> dict[str, Any]:
+        os.environ |= {
+            "RANK": str(number),
+            "LOCAL_RANK": str(number),
+            "WORLD_SIZE": str(SIZE),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "VLLM_DP_MASTER_PORT": str(port),
+        }
+        return steps(mode, plan)
+
+    calls = [functools.partial(rank, number) for number in range(SIZE)]
+    return forks.run(calls, seconds=seconds, grace=5)
+
+
+def main() -> None:
+    """Run the cells told on standard input; answer one JSON line for each."""
+    wanted: list[Mapping[str, Any]] = json.load(sys.stdin)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import vllm.v1.worker.gpu_worker  # noqa: F401
+
+    for given in wanted:
+        started = time.monotonic()
+        told = cell(**given)
+        answers.write(json.dumps({"ranks": told, "seconds": time.monotonic() - started}) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
