@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import importlib
+import gc
 import inspect
 import json
 import os
+import socket
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,15 +27,12 @@ from unittest import mock
 
 import torch
 
-from tests.bodies import forks
-
-from . import emulator
+from . import emulator, host
 
 SIZE = 2
 HIDDEN, COLUMNS, LAYERS, VOCABULARY = 32, 64, 2, 64
 CAPTURE_SIZES = [1, 2, 4, 8, 24]
 MAX_ROWS = 64
-ATTENTION = "oproj_tests::attention"
 
 MODEL: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -184,60 +183,37 @@ def model_class() -> type[torch.nn.Module]:
 _keep: list[Any] = []
 
 
-@contextlib.contextmanager
-def platform_with_graphs() -> Iterator[None]:
-    """vLLM's CPU platform says it has device graphs, and leaves the compilation as configured."""
-    from vllm.compilation import backends
-    from vllm.platforms import current_platform
-
-    platform = type(current_platform)
-    check = platform.check_and_update_config
-
-    def keep_compilation(config: Any) -> None:
-        before = copy.copy(vars(config.compilation_config))
-        check(config)
-        vars(config.compilation_config).update(before)
-
-    answers = {
-        "check_and_update_config": staticmethod(keep_compilation),
-        "support_static_graph_mode": classmethod(lambda cls: True),
-        "get_static_graph_wrapper_cls": classmethod(
-            lambda cls: "vllm.compilation.cuda_graph.CUDAGraphWrapper"
-        ),
-        "get_piecewise_backend_cls": classmethod(
-            lambda cls: "vllm.compilation.cuda_piecewise_backend.CUDAPiecewiseBackend"
-        ),
-        "graph_pool_handle": staticmethod(emulator.pool_handle),
-    }
-    with contextlib.ExitStack() as stack:
-        for name, answer in answers.items():
-            stack.enter_context(mock.patch.object(platform, name, answer, create=True))
-        # Not in CPU builds. An emulated graph keeps its memory, so a strong reference serves.
-        stack.enter_context(
-            mock.patch.object(torch.ops._C, "weak_ref_tensor", lambda tensor: tensor, create=True)
-        )
-        # Fusions for Inductor, which does not run; some exist on a device only.
-        stack.enter_context(
-            mock.patch.object(backends.VllmBackend, "configure_post_pass", lambda self: None)
-        )
-        yield
-
-
 def configuration(mode: str) -> Any:
     """The VllmConfig of this rank in one graph mode."""
+    from vllm.config import CompilationConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models.registry import ModelRegistry
 
+    # In place of the architecture that the configuration names, which vLLM would import.
+    ModelRegistry.register_model(MODEL["architectures"][0], model_class())
     directory = Path(tempfile.mkdtemp(prefix="graphs-"))
     (directory / "config.json").write_text(json.dumps(MODEL))
-    compilation: dict[str, Any] = {
+    wanted: dict[str, Any] = {
         "backend": "eager",
+        "use_inductor": False,
         "custom_ops": ["none"],
         "cudagraph_capture_sizes": CAPTURE_SIZES,
-        "cudagraph_mode": mode,
         "cudagraph_num_of_warmups": 1,
+        "cudagraph_mode": mode,
+        "use_cudagraph": mode != "NONE",
+        "full_cuda_graph": mode == "FULL",
         "mode": 3,
+        "level": 3,
     }
-    config = EngineArgs(
+    known = inspect.signature(CompilationConfig).parameters
+    if "cudagraph_mode" in known:
+        wanted = {k: v for k, v in wanted.items() if k not in ("use_cudagraph", "full_cuda_graph")}
+    if "use_inductor" in known:
+        del wanted["backend"]
+    if "mode" in known:
+        wanted.pop("level")
+    compilation = {name: value for name, value in wanted.items() if name in known}
+    given = EngineArgs(
         model=str(directory),
         skip_tokenizer_init=True,
         dtype="float32",
@@ -248,9 +224,13 @@ def configuration(mode: str) -> Any:
         data_parallel_size=SIZE,
         distributed_executor_backend="external_launcher",
         compilation_config=compilation,
-    ).create_engine_config()
-    if config.compilation_config.splitting_ops:
-        config.compilation_config.splitting_ops.append(ATTENTION)
+    )
+    with host.configured():
+        config = given.create_engine_config()
+    splitting = config.compilation_config.splitting_ops
+    if splitting:
+        # Written as the release writes its own attention.
+        splitting.append(f"oproj_tests{'::' if '::' in splitting[0] else '.'}attention")
     config.parallel_config.data_parallel_rank = int(os.environ["RANK"])
     config.parallel_config.distributed_executor_backend = "uni"
     return config
@@ -267,7 +247,8 @@ def runner(mode: str) -> Iterator[Any]:
 
     rank = int(os.environ["RANK"])
     os.environ.setdefault("VLLM_DIST_IDENT", os.environ["MASTER_PORT"])
-    with emulator.installed(), platform_with_graphs():
+    with emulator.installed(), emulator.Patches() as undo:
+        host.give_graphs(undo)
         parallel_state.init_distributed_environment(
             SIZE, rank, "tcp://127.0.0.1:" + os.environ["MASTER_PORT"], rank, "gloo"
         )
@@ -279,14 +260,11 @@ def runner(mode: str) -> Iterator[Any]:
             group = otp_group.current()
             assert group is not None
             group.pairwise = False
-            with contextlib.suppress(ModuleNotFoundError):
-                workspace = importlib.import_module("vllm.v1.worker.workspace")
-                workspace.init_workspace_manager(torch.device("cpu"))
+            host.give_compiler(undo)
             found = gpu_model_runner.GPUModelRunner(config, torch.device("cpu"))
-            small = model_class()
 
             def load(self: Any, vllm_config: Any, model_config: Any, **_: Any) -> Any:
-                model = base_loader.initialize_model(vllm_config, model_class=small)
+                model = base_loader.initialize_model(vllm_config)
                 model.load_weights(())
                 return model.eval()
 
@@ -299,11 +277,7 @@ def runner(mode: str) -> Iterator[Any]:
             )
             with contextlib.suppress(Done):
                 found.profile_run()
-            # It prepares communicators that a CPU does not have.
-            with mock.patch.object(
-                gpu_model_runner, "graph_capture", lambda *_, **__: contextlib.nullcontext()
-            ):
-                found.capture_model()
+            found.capture_model()
             yield found
 
 
@@ -415,37 +389,71 @@ def do(found: Any, rows: Any, step: int) -> float | None:
     return float((hidden.double() - expected(last)).abs().max())
 
 
-def steps(mode: str, plan: Sequence[Step]) -> dict[str, Any]:
-    """Run `plan[step][rank]` on this rank; errors, graphs, and how each step ran."""
+def steps(mode: str, plan: Sequence[Step], told: dict[str, Any]) -> None:
+    """Run `plan[step][rank]` on this rank; write errors and how many graphs ran into `told`."""
     rank = int(os.environ["RANK"])
+    told |= {"errors": [], "replays": []}
     with runner(mode) as found:
-        told: dict[str, Any] = {"captures": emulator.Graph.captures, "errors": [], "replays": []}
+        told["captures"] = emulator.Graph.captures
         for number, step in enumerate(plan):
             before = emulator.Graph.replays
-            told["errors"].append(do(found, step[rank], number))
+            error = do(found, step[rank], number)
             told["replays"].append(emulator.Graph.replays - before)
-        return told
+            told["errors"].append(error)
 
 
 def cell(mode: str, plan: Sequence[Step], seconds: float) -> list[dict[str, Any]]:
-    """`steps` on two ranks forked from this process; an error's text where a rank has none."""
-    from tests.ranks import free_port
+    """`steps` on two ranks forked from this process: what each told.
 
-    port = free_port()
+    A rank that raised has its traceback as "error". A rank that had not ended after `seconds`
+    has the functions it was in, innermost first, as "hung".
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared["VLLM_DP_MASTER_PORT"] = str(port)
+    gc.freeze()  # A collection in a rank would copy all that it shares with this process.
+    pipes = [os.pipe() for _ in range(SIZE)]
+    pids = []
+    for rank, (_, end) in enumerate(pipes):
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            _be_rank(mode, plan, seconds, end)
+        os.close(end)
+        pids.append(pid)
+    found = []
+    for pid, (start, _) in zip(pids, pipes, strict=True):
+        with open(start, "rb") as answer:
+            text = answer.read()
+        os.waitpid(pid, 0)
+        found.append(json.loads(text) if text else {"error": "the rank died"})
+    return found
 
-    def rank(number: int) -> dict[str, Any]:
-        os.environ |= {
-            "RANK": str(number),
-            "LOCAL_RANK": str(number),
-            "WORLD_SIZE": str(SIZE),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "VLLM_DP_MASTER_PORT": str(port),
-        }
-        return steps(mode, plan)
 
-    calls = [functools.partial(rank, number) for number in range(SIZE)]
-    return forks.run(calls, seconds=seconds, grace=5)
+def _be_rank(mode: str, plan: Sequence[Step], seconds: float, end: int) -> None:
+    told: dict[str, Any] = {}
+    main = threading.get_ident()
+
+    def tell(**more: Any) -> None:
+        with open(end, "w") as answer:
+            answer.write(json.dumps({**told, **more}))
+        sys.stderr.flush()
+        os._exit(0)
+
+    def hung() -> None:
+        stack = traceback.extract_stack(sys._current_frames()[main])
+        tell(hung=[f"{Path(at.filename).name}:{at.lineno} {at.name}" for at in reversed(stack)])
+
+    watch = threading.Timer(seconds, hung)
+    watch.daemon = True
+    watch.start()
+    try:
+        steps(mode, plan, told)
+    except BaseException:
+        tell(error=traceback.format_exc())
+    tell()
 
 
 def main() -> None:

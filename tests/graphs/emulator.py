@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class Graph:
         if capturing():
             raise CaptureError("a graph is captured within another one's capture")
         _capturing.append(self)
-        self._undo = _Patches()
+        self._undo = Patches()
         # Only now: outside a capture a compiler may ask for these, by identity.
         for name in _READERS:
             self._undo.put(torch.Tensor, name, _reader(name))
@@ -154,7 +155,7 @@ class Graph:
         return tensor.numel() > 0 and tensor.untyped_storage().data_ptr() in self._on_device
 
 
-class _Patches(contextlib.ExitStack):
+class Patches(contextlib.ExitStack):
     """Attributes that were exchanged; `close()` puts the original ones back."""
 
     def put(self, owner: Any, name: str, value: Any) -> None:
@@ -368,6 +369,9 @@ class _Event:
         _synchronize()
 
 
+_PROPERTIES = SimpleNamespace(name="emulated", multi_processor_count=1, major=9, minor=0)
+
+
 def _synchronize(*_: Any, **__: Any) -> None:
     if capturing():
         raise CaptureError("the CPU waits for the device within a capture")
@@ -386,7 +390,7 @@ def _reader(name: str) -> Callable[..., Any]:
 
 def install(devices: Sequence[str] = ("cuda",)) -> Callable[[], None]:
     """Put the emulator behind `torch.cuda` (and `torch.npu`); returns what takes it away again."""
-    undo = _Patches()
+    undo = Patches()
     for name in devices:
         module = getattr(torch, name)
         _devices.append(module)
@@ -401,6 +405,9 @@ def install(devices: Sequence[str] = ("cuda",)) -> Callable[[], None]:
         undo.put(module, "current_stream", lambda *_: _Stream())
         undo.put(module, "set_stream", lambda *_: None)
         undo.put(module, "synchronize", lambda *_: _synchronize())
+        undo.put(module, "get_device_properties", lambda *_: _PROPERTIES)
+        undo.put(module, "empty_cache", lambda *_: None)
+        undo.put(module, "mem_get_info", lambda *_: (0, 0))
     undo.put(torch, "Event", _Event)
     undo.put(torch.accelerator, "synchronize", lambda *_: _synchronize())
     undo.put(torch.accelerator, "empty_cache", lambda *_: None)

@@ -1,0 +1,55 @@
+"""In every process of a vLLM engine on a CPU: device graphs, emulated. A vLLM plugin.
+
+vLLM finds it by the entry point in `plugin/`. It changes nothing of what the engine decides: it
+supplies what the CPU platform says it lacks, with the shim and without it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import wrapt
+
+from oproj_patch.cli.probe import WorkerProbe
+
+from . import emulator, host
+
+PROBE = "tests.graphs.engine.GraphProbe"
+
+
+class GraphProbe(WorkerProbe):
+    """The probe; it reports besides how many graphs were captured and replayed."""
+
+    def oproj_probe(self, directory: str = "") -> dict[str, Any]:
+        counts = {"captures": emulator.Graph.captures, "replays": emulator.Graph.replays}
+        return super().oproj_probe(directory) | counts
+
+
+def load() -> None:
+    """What vLLM calls in each of its processes."""
+    host.give_graphs(emulator.Patches())
+    wrapt.register_post_import_hook(_prepare_worker, "vllm.v1.worker.cpu_worker")
+
+
+def _prepare_worker(module: Any) -> None:
+    """Let the CPU's worker load, warm up and capture as the GPU's does."""
+    from vllm.v1.attention.backend import AttentionCGSupport
+    from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend, CPUMLAImpl
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_worker import Worker
+
+    emulator.install()
+    worker: Any = module.CPUWorker
+    initialize = worker.init_device
+
+    def init_device(self: Any) -> None:
+        initialize(self)
+        host.give_compiler(emulator.Patches())
+
+    worker.init_device = init_device
+    worker.compile_or_warm_up_model = Worker.compile_or_warm_up_model
+    module.CPUModelRunner.load_model = GPUModelRunner.load_model
+    # Python that stands in for a device's kernel, with values read on the way.
+    CPUMLAImpl.do_kv_cache_update = emulator.as_kernel(CPUMLAImpl.do_kv_cache_update)
+    builder = CPUMLABackend.get_builder_cls()
+    builder._cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE

@@ -1,0 +1,82 @@
+"""What vLLM's CPU platform lacks to run device graphs: the same with the shim and without it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from . import emulator
+
+
+def give_graphs(undo: emulator.Patches) -> None:
+    """Let vLLM's CPU platform say that it has device graphs, and leave the compilation as it is.
+
+    undo: takes everything away again when it is closed.
+    """
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    check = platform.check_and_update_config
+
+    def keep_compilation(config: Any) -> None:
+        before = copy.copy(vars(config.compilation_config))
+        check(config)
+        vars(config.compilation_config).update(before)
+
+    wrapper = "vllm.compilation.cuda_graph.CUDAGraphWrapper"
+    backend = "vllm.compilation.cuda_piecewise_backend.CUDAPiecewiseBackend"
+    undo.put(platform, "check_and_update_config", staticmethod(keep_compilation))
+    undo.put(platform, "support_static_graph_mode", classmethod(lambda cls: True))
+    undo.put(platform, "get_static_graph_wrapper_cls", classmethod(lambda cls: wrapper))
+    undo.put(platform, "get_piecewise_backend_cls", classmethod(lambda cls: backend))
+    undo.put(platform, "get_current_memory_usage", classmethod(lambda cls, device=None: 0.0))
+    undo.put(platform, "graph_pool_handle", staticmethod(emulator.pool_handle))
+
+
+@contextlib.contextmanager
+def configured() -> Iterator[None]:
+    """Within it releases that ask for CUDA instead of for device graphs are told so."""
+    from vllm.platforms import current_platform, interface
+
+    with emulator.Patches() as undo:
+        if "support_static_graph_mode" not in vars(interface.Platform):
+            undo.put(type(current_platform), "is_cuda_alike", lambda self: True)
+        yield
+
+
+def give_compiler(undo: emulator.Patches) -> None:
+    """Leave out what a graph runner asks of a device's build alone; imports vLLM's runner."""
+    from vllm.compilation import backends
+    from vllm.v1.worker import gpu_model_runner
+
+    # Not in CPU builds. An emulated graph keeps its memory, so a strong reference serves.
+    undo.put(torch.ops._C, "weak_ref_tensor", lambda tensor: tensor)
+    # Fusions for Inductor, which does not run; some of them exist on a device only.
+    undo.put(backends.VllmBackend, "configure_post_pass", lambda self: None)
+    # It prepares communicators that a CPU does not have.
+    undo.put(gpu_model_runner, "graph_capture", lambda *_, **__: contextlib.nullcontext())
+    _let_dynamo_inline(undo)
+    with contextlib.suppress(ImportError):
+        from vllm.v1.worker import workspace
+
+        workspace.init_workspace_manager(torch.device("cpu"))
+
+
+def _let_dynamo_inline(undo: emulator.Patches) -> None:
+    """Older releases exchange a function of Dynamo's for one that lacks torch 2.13's argument."""
+    from torch._dynamo import symbolic_convert
+    from vllm.compilation import decorators
+
+    if "patched_inline_call(parent, func, args, kwargs)" not in inspect.getsource(decorators):
+        return
+    translator: Any = symbolic_convert.InstructionTranslatorBase
+
+    def inline(self: Any, fn: Any, args: Any, kwargs: Any, **_: Any) -> Any:
+        return symbolic_convert.InliningInstructionTranslator.inline_call(self, fn, args, kwargs)
+
+    undo.put(translator, "inline_user_function_return", inline)
