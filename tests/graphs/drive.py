@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 import torch
@@ -71,6 +71,11 @@ MODEL: dict[str, Any] = {
     "attention_bias": False,
 }
 
+START_SECONDS = 240.0
+STEP_SECONDS = 20.0
+TOLERANCE = 5e-6
+
+Told = dict[str, Any]
 Step = Sequence[Any]
 """What each rank does: a list of rows for each of its requests; [] idles; None: zero tokens."""
 
@@ -360,7 +365,9 @@ def idle(found: Any) -> None:
     from vllm.v1.worker import gpu_worker
 
     worker: Any = object.__new__(gpu_worker.Worker)
-    worker.__dict__.update(model_runner=found, randomize_dummy_inputs=False)
+    worker.__dict__.update(
+        model_runner=found, use_v2_model_runner=False, randomize_dummy_inputs=False
+    )
     with contextlib.suppress(Done):
         worker.execute_dummy_batch()
 
@@ -389,38 +396,48 @@ def do(found: Any, rows: Any, step: int) -> float | None:
     return float((hidden.double() - expected(last)).abs().max())
 
 
-def steps(mode: str, plan: Sequence[Step], told: dict[str, Any]) -> None:
-    """Run `plan[step][rank]` on this rank; write errors and how many graphs ran into `told`."""
+def steps(mode: str, plan: Sequence[Step], watch: Watch) -> None:
+    """Run `plan[step][rank]` on this rank; `watch` is told errors and how many graphs ran."""
     rank = int(os.environ["RANK"])
-    told |= {"errors": [], "replays": []}
+    watch.told |= {"errors": [], "replays": []}
     with runner(mode) as found:
-        told["captures"] = emulator.Graph.captures
+        watch.told["captures"] = emulator.Graph.captures
         for number, step in enumerate(plan):
+            watch.allow(STEP_SECONDS)
             before = emulator.Graph.replays
             error = do(found, step[rank], number)
-            told["replays"].append(emulator.Graph.replays - before)
-            told["errors"].append(error)
+            watch.told["replays"].append(emulator.Graph.replays - before)
+            watch.told["errors"].append(error)
 
 
-def cell(mode: str, plan: Sequence[Step], seconds: float) -> list[dict[str, Any]]:
+def cell(mode: str, plan: Sequence[Step], seconds: float = START_SECONDS) -> list[Told]:
     """`steps` on two ranks forked from this process: what each told.
 
-    A rank that raised has its traceback as "error". A rank that had not ended after `seconds`
-    has the functions it was in, innermost first, as "hung".
+    A rank that raised has its traceback as "error". A rank that was not ready after `seconds`, or
+    not done with a step after `STEP_SECONDS`, has the functions it was in, innermost first, as
+    "hung".
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": str(SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared["VLLM_DP_MASTER_PORT"] = str(port)
+    shared |= {"VLLM_DISABLE_COMPILE_CACHE": "1", "VLLM_USE_AOT_COMPILE": "0"}
     gc.freeze()  # A collection in a rank would copy all that it shares with this process.
+    sys.stdout.flush()
     pipes = [os.pipe() for _ in range(SIZE)]
     pids = []
     for rank, (_, end) in enumerate(pipes):
         pid = os.fork()
         if pid == 0:
             os.environ |= {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            _be_rank(mode, plan, seconds, end)
+            watch = Watch(end)
+            watch.allow(seconds)
+            try:
+                steps(mode, plan, watch)
+            except BaseException:
+                watch.tell(error=traceback.format_exc())
+            watch.tell()
         os.close(end)
         pids.append(pid)
     found = []
@@ -432,41 +449,81 @@ def cell(mode: str, plan: Sequence[Step], seconds: float) -> list[dict[str, Any]
     return found
 
 
-def _be_rank(mode: str, plan: Sequence[Step], seconds: float, end: int) -> None:
-    told: dict[str, Any] = {}
-    main = threading.get_ident()
+class Watch:
+    """In a rank: what it tells when it ends, which happens at its deadline if not before."""
 
-    def tell(**more: Any) -> None:
-        with open(end, "w") as answer:
-            answer.write(json.dumps({**told, **more}))
+    def __init__(self, end: int) -> None:
+        self.told: Told = {}
+        self._end = end
+        self._once = threading.Lock()
+        self._main = threading.get_ident()
+        self._timer: threading.Timer | None = None
+
+    def allow(self, seconds: float) -> None:
+        """Move the deadline to `seconds` from now."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = threading.Timer(seconds, self._hung)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def tell(self, **more: Any) -> NoReturn:
+        """End the process."""
+        self._once.acquire()
+        with open(self._end, "w") as answer:
+            answer.write(json.dumps({**self.told, **more}))
         sys.stderr.flush()
         os._exit(0)
 
-    def hung() -> None:
-        stack = traceback.extract_stack(sys._current_frames()[main])
-        tell(hung=[f"{Path(at.filename).name}:{at.lineno} {at.name}" for at in reversed(stack)])
+    def _hung(self) -> None:
+        stack = traceback.extract_stack(sys._current_frames()[self._main])
+        places = [f"{Path(at.filename).name}:{at.lineno} {at.name}" for at in reversed(stack)]
+        self.tell(hung=places)
 
-    watch = threading.Timer(seconds, hung)
-    watch.daemon = True
-    watch.start()
-    try:
-        steps(mode, plan, told)
-    except BaseException:
-        tell(error=traceback.format_exc())
-    tell()
+
+def scenarios(mode: str, plans: Mapping[str, Sequence[Step]]) -> dict[str, list[Told]]:
+    """What both ranks told of each plan; after one that fails the next starts anew."""
+    found: dict[str, list[Told]] = {}
+    waiting = dict(plans)
+    while waiting:
+        ranks = cell(mode, [step for plan in waiting.values() for step in plan])
+        start = 0
+        for name, plan in list(waiting.items()):
+            del waiting[name]
+            end = start + len(plan)
+            found[name] = [_part(told, start, end) for told in ranks]
+            start = end
+            if not all(passed(told) for told in found[name]):
+                break
+    return found
+
+
+def _part(told: Told, start: int, end: int) -> Told:
+    """What a rank told of the steps from `start` to `end`."""
+    cut = told | {name: told.get(name, [])[start:end] for name in ("errors", "replays")}
+    if len(cut["errors"]) == end - start:
+        cut.pop("error", None)
+        cut.pop("hung", None)
+    return cut
+
+
+def passed(told: Told) -> bool:
+    """Whether a rank came to its end, and all its outputs were right."""
+    errors = told["errors"]
+    return not {"error", "hung"} & told.keys() and all(
+        error is None or error < TOLERANCE for error in errors
+    )
 
 
 def main() -> None:
-    """Run the cells told on standard input; answer one JSON line for each."""
+    """Run `scenarios` of each mode told on standard input; answer a JSON line for each."""
     wanted: list[Mapping[str, Any]] = json.load(sys.stdin)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import vllm.v1.worker.gpu_worker  # noqa: F401
 
     for given in wanted:
-        started = time.monotonic()
-        told = cell(**given)
-        answers.write(json.dumps({"ranks": told, "seconds": time.monotonic() - started}) + "\n")
+        answers.write(json.dumps(scenarios(**given)) + "\n")
         answers.flush()
 
 

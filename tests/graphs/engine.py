@@ -35,8 +35,8 @@ def _prepare_worker(module: Any) -> None:
     """Let the CPU's worker load, warm up and capture as the GPU's does."""
     from vllm.v1.attention.backend import AttentionCGSupport
     from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend, CPUMLAImpl
+    from vllm.v1.worker import gpu_worker
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-    from vllm.v1.worker.gpu_worker import Worker
 
     emulator.install()
     worker: Any = module.CPUWorker
@@ -47,7 +47,9 @@ def _prepare_worker(module: Any) -> None:
         host.give_compiler(emulator.Patches())
 
     worker.init_device = init_device
-    worker.compile_or_warm_up_model = Worker.compile_or_warm_up_model
+    worker.compile_or_warm_up_model = gpu_worker.Worker.compile_or_warm_up_model
+    # Of kernels that a CPU does not have.
+    setattr(gpu_worker, "kernel_warmup", lambda worker: None)  # noqa: B010
     module.CPUModelRunner.load_model = GPUModelRunner.load_model
     # Python that stands in for a device's kernel, with values read on the way.
     CPUMLAImpl.do_kv_cache_update = emulator.as_kernel(CPUMLAImpl.do_kv_cache_update)

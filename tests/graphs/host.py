@@ -14,7 +14,7 @@ from . import emulator
 
 
 def give_graphs(undo: emulator.Patches) -> None:
-    """Let vLLM's CPU platform say that it has device graphs, and leave the compilation as it is.
+    """Let vLLM's CPU platform say that it has device graphs, and leave compilation and scheduling alone.
 
     undo: takes everything away again when it is closed.
     """
@@ -23,14 +23,16 @@ def give_graphs(undo: emulator.Patches) -> None:
     platform = type(current_platform)
     check = platform.check_and_update_config
 
-    def keep_compilation(config: Any) -> None:
-        before = copy.copy(vars(config.compilation_config))
+    def keep_settings(config: Any) -> None:
+        kept = (config.compilation_config, config.scheduler_config)
+        before = [copy.copy(vars(settings)) for settings in kept]
         check(config)
-        vars(config.compilation_config).update(before)
+        for settings, values in zip(kept, before, strict=True):
+            vars(settings).update(values)
 
     wrapper = "vllm.compilation.cuda_graph.CUDAGraphWrapper"
     backend = "vllm.compilation.cuda_piecewise_backend.CUDAPiecewiseBackend"
-    undo.put(platform, "check_and_update_config", staticmethod(keep_compilation))
+    undo.put(platform, "check_and_update_config", staticmethod(keep_settings))
     undo.put(platform, "support_static_graph_mode", classmethod(lambda cls: True))
     undo.put(platform, "get_static_graph_wrapper_cls", classmethod(lambda cls: wrapper))
     undo.put(platform, "get_piecewise_backend_cls", classmethod(lambda cls: backend))

@@ -1,0 +1,99 @@
+"""Who captures and replays what, decided by each release's own model runner; two ranks on gloo.
+
+A process for each release runs all modes; every test looks at one mode and scenario of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oproj_patch.releases import in_range
+from tests.hosts.overlay import Host, environment
+
+from .drive import TOLERANCE, Step, Told
+
+ROOT = Path(__file__).resolve().parents[2]
+RELEASES = ("0.9.1", "0.10.1.1", "0.10.2", "0.11.0", "0.13.0", "0.18.0", "0.23.0", "0.32.0")
+HOSTS = tuple(Host("vllm", release) for release in RELEASES)
+MODES = ("NONE", "PIECEWISE", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE", "FULL")
+# Captured are 1, 2, 4, 8 and 24 rows; weights are gathered from 16 equal rows on.
+PLANS: dict[str, Sequence[Step]] = {
+    "all busy": [[[1, 1, 1], [1]], [[1] * 8, [1, 1]], [[5], [7]]],
+    "one idle": [[[1, 1, 1], []], [[], [1]], [[20], []]],
+    "one prefilling": [[[7], [1, 1]], [[1], [3, 1]], [[20], [1]]],
+    "straddling": [[[1] * 8, [1] * 9], [[24], [25]], [[40], [18, 1]], [[60], [50]]],
+    "gathered": [[[20], [17]], [[24], [24]], [[1] * 18, [17]], [[20], [1] * 20]],
+    "zero tokens": [[[1, 1], None], [None, [7]], [None, [1, 1]]],
+}
+
+
+def modes(release: str) -> Sequence[str]:
+    """The graph modes that a release has."""
+    if in_range(release, "0.10.1"):
+        return MODES if in_range(release, "0.11") else ("NONE", "PIECEWISE", "FULL")
+    return ("NONE", "PIECEWISE")
+
+
+@functools.cache
+def run(host: Host) -> dict[str, dict[str, list[Told]]]:
+    """What both ranks told of every mode and scenario of one host."""
+    wanted = [{"mode": mode, "plans": PLANS} for mode in modes(host.vllm)]
+    env = environment(host) | {
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "OPROJ_TENSOR_PARALLEL_SIZE": "2",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_USE_V1": "1",
+    }
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.graphs.drive"],
+        cwd=ROOT,
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            answers, _ = process.communicate(json.dumps(wanted), timeout=1200)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+    told = map(json.loads, answers.splitlines())
+    return {given["mode"]: answer for given, answer in zip(wanted, told, strict=True)}
+
+
+CELLS = [
+    pytest.param(host, mode, scenario, id=f"{host}-{mode}-{scenario.replace(' ', '-')}")
+    for host in HOSTS
+    for mode in modes(host.vllm)
+    for scenario in PLANS
+]
+
+
+@pytest.mark.timeout(1300)
+@pytest.mark.parametrize(("host", "mode", "scenario"), CELLS)
+def test_cell(host: Host, mode: str, scenario: str) -> None:
+    """Both ranks finish, and every request's output is that of whole weights in float64."""
+    ranks = run(host)[mode][scenario]
+    for rank, told in enumerate(ranks):
+        assert "hung" not in told, f"rank {rank} hung in {told['hung'][:3]}, peers: {_ends(ranks)}"
+        assert "error" not in told, told["error"]
+        assert len(told["errors"]) == len(PLANS[scenario])
+        for step, error in zip(PLANS[scenario], told["errors"], strict=True):
+            assert (error is None) == (not step[rank])
+            assert error is None or error < TOLERANCE
+        assert (told["captures"] > 0) == (mode != "NONE")
+
+
+def _ends(ranks: Sequence[Told]) -> list[Any]:
+    return [told.get("hung", told.get("error", "done"))[:2] for told in ranks]
