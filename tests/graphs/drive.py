@@ -221,17 +221,18 @@ def configuration(mode: str) -> Any:
     given = EngineArgs(
         model=str(directory),
         skip_tokenizer_init=True,
-        dtype="float32",
+        dtype="bfloat16",  # 0.9.1 takes no other; the model below is of float32
         max_model_len=MAX_ROWS,
         max_num_batched_tokens=MAX_ROWS,
         max_num_seqs=32,
         enable_prefix_caching=False,
         data_parallel_size=SIZE,
         distributed_executor_backend="external_launcher",
-        compilation_config=compilation,
+        compilation_config=CompilationConfig(**compilation),
     )
     with host.configured():
         config = given.create_engine_config()
+    config.model_config.dtype = torch.float32
     splitting = config.compilation_config.splitting_ops
     if splitting:
         # Written as the release writes its own attention.
@@ -254,11 +255,14 @@ def runner(mode: str) -> Iterator[Any]:
     os.environ.setdefault("VLLM_DIST_IDENT", os.environ["MASTER_PORT"])
     with emulator.installed(), emulator.Patches() as undo:
         host.give_graphs(undo)
-        parallel_state.init_distributed_environment(
-            SIZE, rank, "tcp://127.0.0.1:" + os.environ["MASTER_PORT"], rank, "gloo"
-        )
         config = configuration(mode)
         with set_current_vllm_config(config):
+            # The world of both ranks at once, which some releases would multiply by the size.
+            config.parallel_config.data_parallel_size = 1
+            parallel_state.init_distributed_environment(
+                SIZE, rank, "tcp://127.0.0.1:" + os.environ["MASTER_PORT"], rank, "gloo"
+            )
+            config.parallel_config.data_parallel_size = SIZE
             parallel_state.initialize_model_parallel(1, 1)
             from oproj_patch import otp_group
 
@@ -280,6 +284,10 @@ def runner(mode: str) -> Iterator[Any]:
             found.initialize_kv_cache(
                 KVCacheConfig(num_blocks=64, kv_cache_tensors=[], kv_cache_groups=[])
             )
+            if getattr(found, "attn_metadata_builders", None) == []:  # 0.9 asks the first one
+                found.attn_metadata_builders.append(
+                    SimpleNamespace(reorder_batch=lambda *_: False)
+                )
             with contextlib.suppress(Done):
                 found.profile_run()
             found.capture_model()
@@ -317,7 +325,7 @@ def scheduled(rows: Sequence[int], step: int) -> tuple[Any, list[int]]:
     told = _built(
         output.SchedulerOutput,
         scheduled_new_reqs=new,
-        scheduled_cached_reqs=output.CachedRequestData.make_empty(),
+        scheduled_cached_reqs=getattr(output.CachedRequestData, "make_empty", list)(),
         num_scheduled_tokens={_name(step, index): count for index, count in enumerate(rows)},
         total_num_scheduled_tokens=sum(rows),
         finished_req_ids=set(_running),

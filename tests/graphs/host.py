@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
+import importlib.util
 import inspect
+import sys
 from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +28,7 @@ def give_graphs(undo: emulator.Patches) -> None:
     check = platform.check_and_update_config
 
     def keep_settings(config: Any) -> None:
-        kept = (config.compilation_config, config.scheduler_config)
+        kept = (config.compilation_config, config.scheduler_config, config.model_config)
         before = [copy.copy(vars(settings)) for settings in kept]
         check(config)
         for settings, values in zip(kept, before, strict=True):
@@ -37,6 +41,7 @@ def give_graphs(undo: emulator.Patches) -> None:
     undo.put(platform, "get_static_graph_wrapper_cls", classmethod(lambda cls: wrapper))
     undo.put(platform, "get_piecewise_backend_cls", classmethod(lambda cls: backend))
     undo.put(platform, "get_current_memory_usage", classmethod(lambda cls, device=None: 0.0))
+    undo.put(platform, "num_compute_units", classmethod(lambda cls, *_: 1))
     undo.put(platform, "graph_pool_handle", staticmethod(emulator.pool_handle))
 
 
@@ -53,13 +58,20 @@ def configured() -> Iterator[None]:
 
 def give_compiler(undo: emulator.Patches) -> None:
     """Leave out what a graph runner asks of a device's build alone; imports vLLM's runner."""
+    # Fusions for Inductor, which does not run. 0.9.1 cannot import them without its kernels.
+    if importlib.util.find_spec("vllm.compilation.passes") is None:
+        name = "vllm.compilation.pass_manager"
+        try:
+            importlib.import_module(name)
+        except AttributeError:
+            sys.modules[name] = ModuleType(name)
+            setattr(sys.modules[name], "PostGradPassManager", SimpleNamespace)  # noqa: B010
     from vllm.compilation import backends
     from vllm.v1.worker import gpu_model_runner
 
+    undo.put(backends.VllmBackend, "configure_post_pass", lambda self: None)
     # Not in CPU builds. An emulated graph keeps its memory, so a strong reference serves.
     undo.put(torch.ops._C, "weak_ref_tensor", lambda tensor: tensor)
-    # Fusions for Inductor, which does not run; some of them exist on a device only.
-    undo.put(backends.VllmBackend, "configure_post_pass", lambda self: None)
     # It prepares communicators that a CPU does not have.
     undo.put(gpu_model_runner, "graph_capture", lambda *_, **__: contextlib.nullcontext())
     _let_dynamo_inline(undo)
