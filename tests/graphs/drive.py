@@ -188,16 +188,10 @@ def model_class() -> type[torch.nn.Module]:
 _keep: list[Any] = []
 
 
-def configuration(mode: str) -> Any:
-    """The VllmConfig of this rank in one graph mode."""
+def engine_options(mode: str) -> dict[str, Any]:
+    """Keyword arguments of `EngineArgs` for one graph mode."""
     from vllm.config import CompilationConfig
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.models.registry import ModelRegistry
 
-    # In place of the architecture that the configuration names, which vLLM would import.
-    ModelRegistry.register_model(MODEL["architectures"][0], model_class())
-    directory = Path(tempfile.mkdtemp(prefix="graphs-"))
-    (directory / "config.json").write_text(json.dumps(MODEL))
     wanted: dict[str, Any] = {
         "backend": "eager",
         "use_inductor": False,
@@ -218,80 +212,118 @@ def configuration(mode: str) -> Any:
     if "mode" in known:
         wanted.pop("level")
     compilation = {name: value for name, value in wanted.items() if name in known}
-    given = EngineArgs(
-        model=str(directory),
-        skip_tokenizer_init=True,
-        dtype="bfloat16",  # 0.9.1 takes no other; the model below is of float32
-        max_model_len=MAX_ROWS,
-        max_num_batched_tokens=MAX_ROWS,
-        max_num_seqs=32,
-        enable_prefix_caching=False,
-        data_parallel_size=SIZE,
-        distributed_executor_backend="external_launcher",
-        compilation_config=CompilationConfig(**compilation),
-    )
+    return {
+        "skip_tokenizer_init": True,
+        "dtype": "bfloat16",  # 0.9.1 takes no other; the model itself is of float32
+        "max_model_len": MAX_ROWS,
+        "max_num_batched_tokens": MAX_ROWS,
+        "max_num_seqs": 32,
+        "enable_prefix_caching": False,
+        "data_parallel_size": SIZE,
+        "distributed_executor_backend": "external_launcher",
+        "compilation_config": CompilationConfig(**compilation),
+    }
+
+
+def model_directory() -> str:
+    """A directory with the small model's configuration, whose architecture is registered."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    # In place of the architecture that the configuration names, which vLLM would import.
+    ModelRegistry.register_model(MODEL["architectures"][0], model_class())
+    directory = Path(tempfile.mkdtemp(prefix="graphs-"))
+    (directory / "config.json").write_text(json.dumps(MODEL))
+    return str(directory)
+
+
+@contextlib.contextmanager
+def vllm_groups(mode: str) -> Iterator[Any]:
+    """vLLM's configuration of this rank, with its groups created."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.engine.arg_utils import EngineArgs
+
+    rank = int(os.environ["RANK"])
+    os.environ.setdefault("VLLM_DIST_IDENT", os.environ["MASTER_PORT"])
+    given = EngineArgs(model=model_directory(), **engine_options(mode))
     with host.configured():
         config = given.create_engine_config()
-    config.model_config.dtype = torch.float32
-    splitting = config.compilation_config.splitting_ops
-    if splitting:
-        # Written as the release writes its own attention.
-        splitting.append(f"oproj_tests{'::' if '::' in splitting[0] else '.'}attention")
-    config.parallel_config.data_parallel_rank = int(os.environ["RANK"])
-    config.parallel_config.distributed_executor_backend = "uni"
-    return config
+    with set_current_vllm_config(config):
+        # The world of both ranks at once, which some releases would multiply by the size.
+        config.parallel_config.data_parallel_size = 1
+        parallel_state.init_distributed_environment(
+            SIZE, rank, "tcp://127.0.0.1:" + os.environ["MASTER_PORT"], rank, "gloo"
+        )
+        config.parallel_config.data_parallel_size = SIZE
+        config.parallel_config.data_parallel_rank = rank
+        parallel_state.initialize_model_parallel(1, 1)
+        yield config
+
+
+@contextlib.contextmanager
+def ascend_groups(mode: str) -> Iterator[Any]:
+    """The same by vllm-ascend, as far as its worker does before it makes its runner."""
+    from vllm.plugins import load_general_plugins
+
+    from tests.bodies import ascend
+
+    ascend.stand_in()
+    load_general_plugins()
+    options = engine_options(mode) | {"enforce_eager": mode == "NONE"}
+    del options["dtype"], options["data_parallel_size"]
+    with ascend.worker(model_directory(), SIZE, **options) as config:
+        yield config
 
 
 @contextlib.contextmanager
 def runner(mode: str) -> Iterator[Any]:
     """The host's model runner after loading, profiling and capturing."""
-    from vllm.config import set_current_vllm_config
-    from vllm.distributed import parallel_state
     from vllm.model_executor.model_loader import base_loader
     from vllm.v1.kv_cache_interface import KVCacheConfig
-    from vllm.v1.worker import gpu_model_runner
 
-    rank = int(os.environ["RANK"])
-    os.environ.setdefault("VLLM_DIST_IDENT", os.environ["MASTER_PORT"])
-    with emulator.installed(), emulator.Patches() as undo:
-        host.give_graphs(undo)
-        config = configuration(mode)
-        with set_current_vllm_config(config):
-            # The world of both ranks at once, which some releases would multiply by the size.
-            config.parallel_config.data_parallel_size = 1
-            parallel_state.init_distributed_environment(
-                SIZE, rank, "tcp://127.0.0.1:" + os.environ["MASTER_PORT"], rank, "gloo"
-            )
-            config.parallel_config.data_parallel_size = SIZE
-            parallel_state.initialize_model_parallel(1, 1)
-            from oproj_patch import otp_group
+    with contextlib.ExitStack() as stack:
+        undo = stack.enter_context(emulator.Patches())
+        if host.is_ascend():
+            stack.enter_context(emulator.installed(("cuda", "npu")))
+            config = stack.enter_context(ascend_groups(mode))
+            from vllm_ascend.worker.model_runner_v1 import NPUModelRunner as Runner
+        else:
+            stack.enter_context(emulator.installed())
+            host.give_graphs(undo)
+            config = stack.enter_context(vllm_groups(mode))
+            from vllm.v1.worker.gpu_model_runner import GPUModelRunner as Runner
+        host.give_compiler(undo)
+        splitting = config.compilation_config.splitting_ops
+        if splitting:
+            # Written as the release writes its own attention.
+            splitting.append(f"oproj_tests{'::' if '::' in splitting[0] else '.'}attention")
+        config.model_config.dtype = torch.float32
+        config.parallel_config.distributed_executor_backend = "uni"
+        if hasattr(config.cache_config, "kv_cache_layout"):
+            config.cache_config.kv_cache_layout = "LBNHC"  # what the engine tells its workers
+        from oproj_patch import otp_group
 
-            group = otp_group.current()
-            assert group is not None
-            group.pairwise = False
-            host.give_compiler(undo)
-            found = gpu_model_runner.GPUModelRunner(config, torch.device("cpu"))
+        group = otp_group.current()
+        assert group is not None
+        group.pairwise = False
 
-            def load(self: Any, vllm_config: Any, model_config: Any, **_: Any) -> Any:
-                model = base_loader.initialize_model(vllm_config)
-                model.load_weights(())
-                return model.eval()
+        def load(self: Any, vllm_config: Any, model_config: Any, **_: Any) -> Any:
+            model = base_loader.initialize_model(vllm_config)
+            model.load_weights(())
+            return model.eval()
 
-            with mock.patch.object(base_loader.BaseModelLoader, "load_model", load):
-                found.load_model()
-            if hasattr(config.cache_config, "kv_cache_layout"):
-                config.cache_config.kv_cache_layout = "LBNHC"  # what the engine tells its workers
-            found.initialize_kv_cache(
-                KVCacheConfig(num_blocks=64, kv_cache_tensors=[], kv_cache_groups=[])
-            )
-            if getattr(found, "attn_metadata_builders", None) == []:  # 0.9 asks the first one
-                found.attn_metadata_builders.append(
-                    SimpleNamespace(reorder_batch=lambda *_: False)
-                )
-            with contextlib.suppress(Done):
-                found.profile_run()
-            found.capture_model()
-            yield found
+        found = Runner(config, torch.device("cpu"))
+        with mock.patch.object(base_loader.BaseModelLoader, "load_model", load):
+            found.load_model()
+        found.initialize_kv_cache(
+            KVCacheConfig(num_blocks=64, kv_cache_tensors=[], kv_cache_groups=[])
+        )
+        if getattr(found, "attn_metadata_builders", None) == []:  # 0.9 asks the first one
+            found.attn_metadata_builders.append(SimpleNamespace(reorder_batch=lambda *_: False))
+        with contextlib.suppress(Done):
+            found.profile_run()
+        found.capture_model()
+        yield found
 
 
 def scheduled(rows: Sequence[int], step: int) -> tuple[Any, list[int]]:
@@ -370,9 +402,7 @@ def _built(cls: Any, **given: Any) -> Any:
 
 def idle(found: Any) -> None:
     """What the host's worker does for a rank without a request."""
-    from vllm.v1.worker import gpu_worker
-
-    worker: Any = object.__new__(gpu_worker.Worker)
+    worker: Any = object.__new__(host.worker_class())
     worker.__dict__.update(
         model_runner=found, use_v2_model_runner=False, randomize_dummy_inputs=False
     )
@@ -528,8 +558,7 @@ def main() -> None:
     wanted: list[Mapping[str, Any]] = json.load(sys.stdin)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    import vllm.v1.worker.gpu_worker  # noqa: F401
-
+    host.worker_class()  # Imported once, for all ranks to come.
     for given in wanted:
         answers.write(json.dumps(scenarios(**given)) + "\n")
         answers.flush()

@@ -6,6 +6,8 @@ supplies what the CPU platform says it lacks, with the shim and without it.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import wrapt
@@ -51,7 +53,19 @@ def _prepare_worker(module: Any) -> None:
     # Of kernels that a CPU does not have.
     setattr(gpu_worker, "kernel_warmup", lambda worker: None)  # noqa: B010
     module.CPUModelRunner.load_model = GPUModelRunner.load_model
-    # Python that stands in for a device's kernel, with values read on the way.
-    CPUMLAImpl.do_kv_cache_update = emulator.as_kernel(CPUMLAImpl.do_kv_cache_update)
+    CPUMLAImpl.do_kv_cache_update = emulator.as_kernel(_writer(CPUMLAImpl.do_kv_cache_update))
     builder = CPUMLABackend.get_builder_cls()
     builder._cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+
+def _writer(write: Callable[..., None]) -> Callable[..., None]:
+    """The CPU's write to the cache as a device's kernel: padded rows beyond the slots are left."""
+
+    @functools.wraps(write)
+    def write_slots(
+        self: Any, latent: Any, rotary: Any, cache: Any, slots: Any, *others: Any
+    ) -> None:
+        rows = slots.numel()
+        write(self, latent[:rows], rotary[:rows], cache, slots, *others)
+
+    return write_slots

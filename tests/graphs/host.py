@@ -17,6 +17,26 @@ import torch
 from . import emulator
 
 
+def is_ascend() -> bool:
+    """Whether vllm-ascend is the host of this process."""
+    from vllm.platforms import current_platform
+
+    return type(current_platform).__module__.startswith("vllm_ascend")
+
+
+def worker_class() -> type:
+    """The host's worker, which decides what an idle rank runs."""
+    names = ["vllm.v1.worker.gpu_worker"]
+    if is_ascend():
+        names = ["vllm_ascend.worker.worker_v1", "vllm_ascend.worker.worker"]
+    for name in names:
+        with contextlib.suppress(ModuleNotFoundError):
+            module = importlib.import_module(name)
+            found: type = module.NPUWorker if is_ascend() else module.Worker
+            return found
+    raise ImportError(f"no worker in {names}")
+
+
 def give_graphs(undo: emulator.Patches) -> None:
     """Let vLLM's CPU platform say that it has device graphs, and leave compilation and scheduling alone.
 
