@@ -284,7 +284,10 @@ def runner(mode: str) -> Iterator[Any]:
     with contextlib.ExitStack() as stack:
         undo = stack.enter_context(emulator.Patches())
         if host.is_ascend():
+            import torch_npu  # noqa: F401
+
             stack.enter_context(emulator.installed(("cuda", "npu")))
+            host.give_memory(undo)
             config = stack.enter_context(ascend_groups(mode))
             from vllm_ascend.worker.model_runner_v1 import NPUModelRunner as Runner
         else:

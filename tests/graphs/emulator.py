@@ -400,7 +400,8 @@ def install(devices: Sequence[str] = ("cuda",)) -> Callable[[], None]:
         undo.put(module, "graph_pool_handle", pool_handle)
         undo.put(module, "is_current_stream_capturing", capturing)
         if name == "npu":
-            undo.put(module, "is_available", lambda: True)  # vllm-ascend's code asks it once
+            undo.put(module, "is_available", lambda: True)  # asked once, before any capture
+            undo.put(torch.accelerator, "is_available", lambda: False)  # asked by the compiler
         undo.put(module, "Stream", _Stream)
         undo.put(module, "Event", _Event)
         undo.put(module, "stream", lambda stream, *_: contextlib.nullcontext(stream))

@@ -24,6 +24,16 @@ def is_ascend() -> bool:
     return type(current_platform).__module__.startswith("vllm_ascend")
 
 
+def give_memory(undo: emulator.Patches) -> None:
+    """Let vllm-ascend's platform say that there is no pinned memory and none in use."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    undo.put(platform, "is_pin_memory_available", classmethod(lambda cls: False))
+    undo.put(platform, "get_current_memory_usage", classmethod(lambda cls, device=None: 0.0))
+    undo.put(platform, "graph_pool_handle", staticmethod(emulator.pool_handle))
+
+
 def worker_class() -> type:
     """The host's worker, which decides what an idle rank runs."""
     names = ["vllm.v1.worker.gpu_worker"]
@@ -91,7 +101,8 @@ def give_compiler(undo: emulator.Patches) -> None:
 
     undo.put(backends.VllmBackend, "configure_post_pass", lambda self: None)
     # Not in CPU builds. An emulated graph keeps its memory, so a strong reference serves.
-    undo.put(torch.ops._C, "weak_ref_tensor", lambda tensor: tensor)
+    for operators in (torch.ops._C, torch.ops._C_ascend):
+        undo.put(operators, "weak_ref_tensor", lambda tensor: tensor)
     # It prepares communicators that a CPU does not have.
     undo.put(gpu_model_runner, "graph_capture", lambda *_, **__: contextlib.nullcontext())
     _let_dynamo_inline(undo)
