@@ -287,8 +287,9 @@ def runner(mode: str) -> Iterator[Any]:
             import torch_npu  # noqa: F401
 
             stack.enter_context(emulator.installed(("cuda", "npu")))
-            host.give_memory(undo)
+            stack.enter_context(host.on_cpu())
             config = stack.enter_context(ascend_groups(mode))
+            host.answer_for_npu(undo)
             from vllm_ascend.worker.model_runner_v1 import NPUModelRunner as Runner
         else:
             stack.enter_context(emulator.installed())
@@ -315,12 +316,11 @@ def runner(mode: str) -> Iterator[Any]:
             model.load_weights(())
             return model.eval()
 
-        found = Runner(config, torch.device("cpu"))
+        cache = KVCacheConfig(num_blocks=64, kv_cache_tensors=[], kv_cache_groups=[])
         with mock.patch.object(base_loader.BaseModelLoader, "load_model", load):
+            found = Runner(config, torch.device("cpu"))
             found.load_model()
-        found.initialize_kv_cache(
-            KVCacheConfig(num_blocks=64, kv_cache_tensors=[], kv_cache_groups=[])
-        )
+            found.initialize_kv_cache(cache)
         if getattr(found, "attn_metadata_builders", None) == []:  # 0.9 asks the first one
             found.attn_metadata_builders.append(SimpleNamespace(reorder_batch=lambda *_: False))
         with contextlib.suppress(Done):
@@ -528,6 +528,8 @@ def scenarios(mode: str, plans: Mapping[str, Sequence[Step]]) -> dict[str, list[
     waiting = dict(plans)
     while waiting:
         ranks = cell(mode, [step for plan in waiting.values() for step in plan])
+        if not any("captures" in told for told in ranks):  # the start failed, or was refused
+            return found | dict.fromkeys(waiting, ranks)
         start = 0
         for name, plan in list(waiting.items()):
             del waiting[name]

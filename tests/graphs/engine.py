@@ -6,7 +6,9 @@ supplies what the CPU platform says it lacks, with the shim and without it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +56,13 @@ def _prepare_worker(module: Any) -> None:
     setattr(gpu_worker, "kernel_warmup", lambda worker: None)  # noqa: B010
     module.CPUModelRunner.load_model = GPUModelRunner.load_model
     CPUMLAImpl.do_kv_cache_update = emulator.as_kernel(_writer(CPUMLAImpl.do_kv_cache_update))
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from triton.runtime.interpreter import GridExecutor
+        from vllm.v1.worker.gpu import cudagraph_utils
+
+        # A launch is a call of Python there, which does not reach the dispatcher.
+        GridExecutor.__call__ = emulator.as_kernel(GridExecutor.__call__, "triton")
+        cudagraph_utils.graph_capture = lambda *_, **__: contextlib.nullcontext()
     builder = CPUMLABackend.get_builder_cls()
     builder._cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 

@@ -24,14 +24,37 @@ def is_ascend() -> bool:
     return type(current_platform).__module__.startswith("vllm_ascend")
 
 
-def give_memory(undo: emulator.Patches) -> None:
-    """Let vllm-ascend's platform say that there is no pinned memory and none in use."""
+def answer_for_npu(undo: emulator.Patches) -> None:
+    """Answer what vllm-ascend asks of the device: memory in use, the chip, weak references."""
+    import torch_npu
     from vllm.platforms import current_platform
+    from vllm_ascend import utils
 
+    undo.put(torch_npu._C, "_weak_ref_tensor", lambda tensor: tensor)
+    if hasattr(utils, "AscendSocVersion"):  # what the worker of 0.11 asks the device
+        undo.put(utils, "_ascend_soc_version", utils.AscendSocVersion.A3)
     platform = type(current_platform)
     undo.put(platform, "is_pin_memory_available", classmethod(lambda cls: False))
     undo.put(platform, "get_current_memory_usage", classmethod(lambda cls, device=None: 0.0))
     undo.put(platform, "graph_pool_handle", staticmethod(emulator.pool_handle))
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """Within it tensors are ordinary CPU tensors: some releases write `npu`, or always pin."""
+
+    def ordinary(create: Any) -> Any:
+        def created(*args: Any, pin_memory: bool = False, device: Any = None, **given: Any) -> Any:
+            where = "cpu" if str(device).startswith("npu") else device
+            return create(*args, device=where, **given)
+
+        return created
+
+    with emulator.Patches() as undo:
+        for name in ("zeros", "empty", "ones", "full", "arange", "tensor"):
+            undo.put(torch, name, ordinary(getattr(torch, name)))
+        undo.put(torch.Tensor, "pin_memory", lambda self, *_: self)
+        yield
 
 
 def worker_class() -> type:
