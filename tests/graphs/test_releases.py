@@ -26,12 +26,16 @@ from .drive import TOLERANCE, Step, Told
 SECONDS = 1200
 ROOT = Path(__file__).resolve().parents[2]
 RELEASES = ("0.9.1", "0.10.1.1", "0.10.2", "0.11.0", "0.13.0", "0.18.0", "0.23.0", "0.32.0")
-HOSTS = tuple(Host("vllm", release) for release in RELEASES)
+ASCEND = ("0.11.0", "0.13.0", "0.18.0", "0.23.0")
+HOSTS = (
+    *(Host("vllm", release) for release in RELEASES),
+    *(Host("ascend", release) for release in ASCEND),
+)
 MODES = ("NONE", "PIECEWISE", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE", "FULL")
 # Captured are 1, 2, 4, 8 and 24 rows; weights are gathered from 16 equal rows on.
 PLANS: dict[str, Sequence[Step]] = {
     "all busy": [[[1, 1, 1], [1]], [[1] * 8, [1, 1]], [[5], [7]]],
-    "one idle": [[[1, 1, 1], []], [[], [1]], [[20], []]],
+    "one idle": [[[1, 1, 1], []], [[], [1]], [[20], []], [[40], []]],
     "one prefilling": [[[7], [1, 1]], [[1], [3, 1]], [[20], [1]]],
     "straddling": [[[1] * 8, [1] * 9], [[24], [25]], [[40], [18, 1]], [[60], [50]]],
     "gathered": [[[20], [17]], [[24], [24]], [[1] * 18, [17]], [[20], [1] * 20]],
@@ -79,8 +83,40 @@ def run(host: Host) -> tuple[dict[str, dict[str, list[Told]]], str]:
     return {given["mode"]: answer for given, answer in zip(wanted, told, strict=False)}, printed
 
 
+NOT_AGREED = "an idle rank runs without a graph and asks for the rows of ranks that replay one"
+ALONE = "a rank without a graph gathers the weight while a rank with one exchanges rows"
+FALSE = "an idle rank announces padded rows and runs one"
+_GRAPHS = MODES[1:]
+# What the package does not get right yet: (releases, modes, scenarios, why).
+DEFECTS: tuple[tuple[str, Sequence[str], Sequence[str], str], ...] = (
+    ("vllm-0.10.1.1 vllm-0.10.2", _GRAPHS, ("one idle", "zero tokens"), NOT_AGREED),
+    ("vllm-0.11.0", MODES, ("one idle",), FALSE),
+    ("vllm-0.11.0", ("NONE",), ("zero tokens",), FALSE),
+    ("vllm-0.11.0", ("FULL_DECODE_ONLY",), ("one prefilling", "gathered"), ALONE),
+)
+# Modes that the package refuses at the start: (release, mode): what it says.
+REFUSED = {("ascend-0.11.0", "FULL_DECODE_ONLY"): "ranks do not agree on the graph mode there"}
+# Modes that the release itself turns into NONE.
+WITHOUT_GRAPHS = {("ascend-0.11.0", "FULL")}
+
+
+def marks(host: Host, mode: str, scenario: str) -> list[pytest.MarkDecorator]:
+    """An expected failure where a known defect is."""
+    return [
+        pytest.mark.xfail(reason=why, strict=True)
+        for hosts, modes_, scenarios, why in DEFECTS
+        if str(host) in hosts.split() and mode in modes_ and scenario in scenarios
+    ]
+
+
 CELLS = [
-    pytest.param(host, mode, scenario, id=f"{host}-{mode}-{scenario.replace(' ', '-')}")
+    pytest.param(
+        host,
+        mode,
+        scenario,
+        id=f"{host}-{mode}-{scenario.replace(' ', '-')}",
+        marks=marks(host, mode, scenario),
+    )
     for host in HOSTS
     for mode in modes(host.vllm)
     for scenario in PLANS
@@ -90,10 +126,17 @@ CELLS = [
 @pytest.mark.timeout(SECONDS + 60)
 @pytest.mark.parametrize(("host", "mode", "scenario"), CELLS)
 def test_cell(host: Host, mode: str, scenario: str) -> None:
-    """Both ranks finish, and every request's output is that of whole weights in float64."""
+    """Both ranks finish, and every request's output is that of whole weights in float64.
+
+    Or both refuse the mode at the start.
+    """
     told_by_mode, printed = run(host)
     assert mode in told_by_mode, printed[-3000:]
     ranks = told_by_mode[mode][scenario]
+    refusal = REFUSED.get((str(host), mode))
+    if refusal is not None:
+        assert all(refusal in told.get("error", "") for told in ranks)
+        return
     for rank, told in enumerate(ranks):
         assert "hung" not in told, f"rank {rank} hung in {told['hung'][:3]}, peers: {_ends(ranks)}"
         assert "error" not in told, told["error"]
@@ -101,7 +144,8 @@ def test_cell(host: Host, mode: str, scenario: str) -> None:
         for step, error in zip(PLANS[scenario], told["errors"], strict=True):
             assert (error is None) == (not step[rank])
             assert error is None or error < TOLERANCE
-        assert (told["captures"] > 0) == (mode != "NONE")
+        graphs = mode != "NONE" and (str(host), mode) not in WITHOUT_GRAPHS
+        assert (told["captures"] > 0) == graphs
 
 
 def _ends(ranks: Sequence[Told]) -> list[Any]:
