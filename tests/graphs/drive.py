@@ -17,7 +17,6 @@ import socket
 import sys
 import tempfile
 import threading
-import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -119,7 +118,7 @@ def model_class() -> type[torch.nn.Module]:
     library._register_fake("attention", lambda x, weight, output: None)
     _keep.append(library)
 
-    class Layer(torch.nn.Module):
+    class Layer(torch.nn.Module):  # type: ignore[misc]
         def __init__(self, prefix: str, seed: int) -> None:
             super().__init__()
             self.o_proj = RowParallelLinear(
@@ -132,7 +131,7 @@ def model_class() -> type[torch.nn.Module]:
             torch.ops.oproj_tests.attention(x, self.attention, heads)
             return x + self.o_proj(heads)[0]
 
-    class Inner(torch.nn.Module):
+    class Inner(torch.nn.Module):  # type: ignore[misc]
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             super().__init__()
             self.embedding = torch.nn.Parameter(matrix(VOCABULARY, HIDDEN, 1), False)
@@ -160,7 +159,7 @@ def model_class() -> type[torch.nn.Module]:
         dynamic_arg_dims={"input_ids": 0, "positions": 0, "inputs_embeds": 0}
     )(Inner)
 
-    class Small(torch.nn.Module):
+    class Small(torch.nn.Module):  # type: ignore[misc]
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             super().__init__()
             self.model = compiled(vllm_config=vllm_config, prefix=prefix or "model")

@@ -210,6 +210,19 @@ def as_kernel(function: Callable[..., Any], name: str = "") -> Callable[..., Any
     return kernel
 
 
+def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` without its calls recorded: what it computes is on the CPU on a device too."""
+
+    @functools.wraps(function)
+    def unrecorded(*args: Any, **kwargs: Any) -> Any:
+        if not capturing():
+            return function(*args, **kwargs)
+        with _not_recording():
+            return function(*args, **kwargs)
+
+    return unrecorded
+
+
 @contextlib.contextmanager
 def _not_recording() -> Iterator[None]:
     global _suspended
@@ -224,7 +237,7 @@ def _not_recording() -> Iterator[None]:
         recorder.paused = False
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[misc]
     """Record what reaches the dispatcher within `graph`'s capture."""
 
     def __init__(self, graph: Graph) -> None:
@@ -232,9 +245,7 @@ class _Recorder(TorchDispatchMode):
         self.graph = graph
         self.paused = False
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -37,12 +38,15 @@ def load() -> None:
 
 def _prepare_worker(module: Any) -> None:
     """Let the CPU's worker load, warm up and capture as the GPU's does."""
+    from vllm.forward_context import DPMetadata
     from vllm.v1.attention.backend import AttentionCGSupport
     from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend, CPUMLAImpl
     from vllm.v1.worker import gpu_worker
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     emulator.install()
+    # The second runner announces the ranks' rows within the capture.
+    DPMetadata.make = staticmethod(emulator.on_host(DPMetadata.make))
     worker: Any = module.CPUWorker
     initialize = worker.init_device
 
@@ -57,11 +61,11 @@ def _prepare_worker(module: Any) -> None:
     module.CPUModelRunner.load_model = GPUModelRunner.load_model
     CPUMLAImpl.do_kv_cache_update = emulator.as_kernel(_writer(CPUMLAImpl.do_kv_cache_update))
     if os.environ.get("TRITON_INTERPRET") == "1":
-        from triton.runtime.interpreter import GridExecutor
         from vllm.v1.worker.gpu import cudagraph_utils
 
+        launcher: Any = importlib.import_module("triton.runtime.interpreter").GridExecutor
         # A launch is a call of Python there, which does not reach the dispatcher.
-        GridExecutor.__call__ = emulator.as_kernel(GridExecutor.__call__, "triton")
+        launcher.__call__ = emulator.as_kernel(launcher.__call__, "triton")
         cudagraph_utils.graph_capture = lambda *_, **__: contextlib.nullcontext()
     builder = CPUMLABackend.get_builder_cls()
     builder._cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE

@@ -71,7 +71,7 @@ def worker_class() -> type:
 
 
 def give_graphs(undo: emulator.Patches) -> None:
-    """Let vLLM's CPU platform say that it has device graphs, and leave compilation and scheduling alone.
+    """Let vLLM's CPU platform have device graphs, and leave compilation and scheduling alone.
 
     undo: takes everything away again when it is closed.
     """

@@ -53,7 +53,8 @@ def modes(release: str) -> Sequence[str]:
 @functools.cache
 def run(host: Host) -> tuple[dict[str, dict[str, list[Told]]], str]:
     """What both ranks told of every mode and scenario of one host; the end of what it printed."""
-    wanted = [{"mode": mode, "plans": PLANS} for mode in modes(host.vllm)]
+    names = modes(host.vllm)
+    wanted = [{"mode": mode, "plans": PLANS} for mode in names]
     env = environment(host) | {
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
@@ -80,7 +81,7 @@ def run(host: Host) -> tuple[dict[str, dict[str, list[Told]]], str]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     told = map(json.loads, answers.splitlines())
-    return {given["mode"]: answer for given, answer in zip(wanted, told, strict=False)}, printed
+    return dict(zip(names, told, strict=False)), printed
 
 
 NOT_AGREED = "an idle rank runs without a graph and asks for the rows of ranks that replay one"
@@ -149,4 +150,4 @@ def test_cell(host: Host, mode: str, scenario: str) -> None:
 
 
 def _ends(ranks: Sequence[Told]) -> list[Any]:
-    return [told.get("hung", told.get("error", "done"))[:2] for told in ranks]
+    return [told.get("hung", [told.get("error", "done")])[:2] for told in ranks]

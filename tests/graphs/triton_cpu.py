@@ -5,6 +5,7 @@ vLLM's second model runner needs Triton. vLLM asks for platforms before it looks
 
 from __future__ import annotations
 
+import importlib
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,6 @@ from typing import Any
 def offer() -> None:
     """What vLLM calls when it looks for its platform; None: this is no platform."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        from triton.backends import backends
-
-        found: dict[str, Any] = backends
+        found: dict[str, Any] = importlib.import_module("triton.backends").backends
         driver = SimpleNamespace(is_active=lambda: True)
         found.setdefault("cpu", SimpleNamespace(compiler=None, driver=driver))
