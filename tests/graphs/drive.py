@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import importlib
 import inspect
 import json
 import os
@@ -320,8 +321,10 @@ def runner(mode: str) -> Iterator[Any]:
             found = Runner(config, torch.device("cpu"))
             found.load_model()
             found.initialize_kv_cache(cache)
-        if getattr(found, "attn_metadata_builders", None) == []:  # 0.9 asks the first one
-            found.attn_metadata_builders.append(SimpleNamespace(reorder_batch=lambda *_: False))
+        if getattr(found, "attn_metadata_builders", None) == []:  # up to 0.10.0 one is asked
+            answers = {"reorder_batch": False, "can_run_in_cudagraph": True}
+            builder = SimpleNamespace(**{k: lambda *_, v=v: v for k, v in answers.items()})
+            found.attn_metadata_builders.append(builder)
         with contextlib.suppress(Done):
             found.profile_run()
         found.capture_model()
@@ -566,7 +569,7 @@ def main() -> None:
     wanted: list[Mapping[str, Any]] = json.load(sys.stdin)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    host.worker_class()  # Imported once, for all ranks to come.
+    importlib.import_module("vllm.v1.worker.gpu_worker")  # once, for all ranks to come
     for given in wanted:
         answers.write(json.dumps(scenarios(**given)) + "\n")
         answers.flush()
