@@ -1,0 +1,74 @@
+"""Whole engines of the newest vLLM on a CPU, device graphs emulated: the same tokens sharded.
+
+vLLM decides what is captured and replayed, in its own processes; attention, which is no kernel on
+a CPU, is split off, or runs in the graph as one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oproj_patch.cli import demo_model
+from oproj_patch.cli.engines import EngineConfig, OfflineRun, Round, run_offline
+
+PLUGIN = Path(__file__).parent / "plugin"
+PROMPTS = demo_model.prompts(8)
+CAPTURE_SIZES = [1, 2, 4, 8, 16]
+# Both busy; one much shorter; one idle. Prefills exceed the largest graph, decodes straddle sizes.
+ROUNDS = [
+    Round([PROMPTS[0::2], PROMPTS[1::2]], [6, 6]),
+    Round([PROMPTS[:1], PROMPTS[1:5]], [2, 8]),
+    Round([[], PROMPTS[5:7]], [1, 6]),
+]
+SECOND_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+
+
+def run(mode: str, size: int, second: bool) -> OfflineRun:
+    """Two data-parallel ranks in one graph mode, sharded `size`-way (0: not)."""
+    options: dict[str, Any] = {
+        "compilation_config": {
+            "backend": "eager",
+            "custom_ops": ["none"],
+            "cudagraph_mode": mode,
+            "cudagraph_capture_sizes": CAPTURE_SIZES,
+            "cudagraph_num_of_warmups": 1,
+        },
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 256,
+    }
+    env = {"OPROJ_TENSOR_PARALLEL_SIZE": str(size)} if size else {}
+    if second:
+        options["kernel_config"] = {"enable_jit_warmup": False}
+        env |= SECOND_RUNNER
+    config = EngineConfig(
+        demo_model.ensure("dense", trained=False),
+        compiled=True,
+        env=env,
+        options=options,
+        extension="tests.graphs.engine.GraphProbe",
+        python_path=(PLUGIN,),
+    )
+    return run_offline(config, ROUNDS, deadline=900)
+
+
+def tokens(found: OfflineRun) -> list[list[list[list[int]]]]:
+    return [[[c.token_ids for c in entry] for entry in rank.rounds] for rank in found.ranks]
+
+
+@pytest.mark.timeout(2000)
+@pytest.mark.parametrize("second", [False, True], ids=["first-runner", "second-runner"])
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"])
+def test_same_tokens(mode: str, second: bool) -> None:
+    """Each completion equals the unsharded engine's in the same mode; graphs were replayed."""
+    on, off = run(mode, 2, second), run(mode, 0, second)
+    assert tokens(on) == tokens(off)
+    for sharded, whole in zip(on.workers, off.workers, strict=True):
+        assert sharded["status"]["size"] == 2 and not whole["status"]["enabled"]
+        # As many graphs as without the shim. How many steps an idle rank replays is chance.
+        assert sharded["captures"] == whole["captures"] >= len(CAPTURE_SIZES)
+        assert sharded["replays"] > 0 and whole["replays"] > 0
+        # Eager steps (prefills, warm-ups) are exchanges in Python, replays are not.
+        assert sharded["status"]["exchanges"] > 0
