@@ -20,16 +20,18 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from .. import activation, hosts, settings
 from .._version import __version__
 from ..errors import OprojError, OprojValueError
 from ..hosts.ascend_option import KEY, configured
-from ..hosts.host import Host, resolved
 from ..hosts.launch_env import PLUGIN
 from ..hosts.seam import Seam, resolve
 from ..sharding import topology
+
+if TYPE_CHECKING:  # it imports torch
+    from ..hosts.host import Host
 
 State = Literal["ok", "note", "unknown", "problem"]
 
@@ -328,6 +330,8 @@ def _command(
         return 0, findings
 
     def refused() -> str:
+        from ..hosts.host import resolved
+
         nonlocal wanted
         wanted = resolved(wanted, SimpleNamespace(additional_config=additional))
         if config is None:
