@@ -265,7 +265,7 @@ def ascend_groups(mode: str) -> Iterator[Any]:
     """The same by vllm-ascend, as far as its worker does before it makes its runner."""
     from vllm.plugins import load_general_plugins
 
-    from tests.bodies import ascend
+    from tests.hosts import ascend
 
     ascend.stand_in()
     load_general_plugins()
@@ -306,11 +306,6 @@ def runner(mode: str) -> Iterator[Any]:
         config.parallel_config.distributed_executor_backend = "uni"
         if hasattr(config.cache_config, "kv_cache_layout"):
             config.cache_config.kv_cache_layout = "LBNHC"  # what the engine tells its workers
-        from oproj_patch import otp_group
-
-        group = otp_group.current()
-        assert group is not None
-        group.pairwise = False
 
         def load(self: Any, vllm_config: Any, model_config: Any, **_: Any) -> Any:
             model = base_loader.initialize_model(vllm_config)

@@ -15,7 +15,7 @@ from typing import Any
 
 import wrapt
 
-from oproj_patch.cli.probe import WorkerProbe
+from demo.probe import WorkerProbe
 
 from . import emulator, host
 

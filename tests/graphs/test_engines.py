@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from oproj_patch.cli import demo_model
-from oproj_patch.cli.engines import EngineConfig, OfflineRun, Round, run_offline
+from demo import model as demo_model
+from demo.engines import EngineConfig, OfflineRun, Round, run_offline
 
 PLUGIN = Path(__file__).parent / "plugin"
 PROMPTS = demo_model.prompts(8)
@@ -55,7 +55,7 @@ def run(mode: str, size: int, second: bool) -> OfflineRun:
 
 
 def tokens(found: OfflineRun) -> list[list[list[list[int]]]]:
-    return [[[c.token_ids for c in entry] for entry in rank.rounds] for rank in found.ranks]
+    return [[[c.token_ids for c in entry] for entry in rank] for rank in found.completions]
 
 
 @pytest.mark.timeout(2000)
