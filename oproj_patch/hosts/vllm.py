@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import types
 from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from .._version import __version__
 from ..errors import OprojError
@@ -147,13 +146,14 @@ class Vllm(Host):
         if metadata is not None and metadata is self._metadata:
             return self._counts
         counts = getattr(metadata, "num_tokens_across_dp_cpu", None)
-        if counts is None:
-            total = getattr(metadata, "cu_tokens_across_dp_cpu", None)
-            if total is None:
-                return None
-            counts = torch.diff(total, prepend=total.new_zeros(1))
-        mine = counts[group.dp_start : group.dp_start + group.size]
-        self._counts = tuple(int(count) for count in mine.tolist())
+        totals = getattr(metadata, "cu_tokens_across_dp_cpu", None)
+        if counts is not None:
+            every = counts.tolist()
+        elif totals is not None:
+            every = [b - a for a, b in itertools.pairwise([0, *totals.tolist()])]
+        else:
+            return None
+        self._counts = tuple(every[group.dp_start : group.dp_start + group.size])
         self._metadata = metadata
         return self._counts
 
