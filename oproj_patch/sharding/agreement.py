@@ -6,6 +6,7 @@ fixed form travel, never pickles.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -46,8 +47,30 @@ def agree(
     Every rank raises the same sentence, because the first rank to judge writes its verdict to the
     store; a rank with a refusal raises that.
     """
+    with _store_errors(refusal):
+        store.set(f"{key}/{rank}", json.dumps({**record, "node": socket.gethostname()}))
+        if refusal is not None:
+            told = f"rank {rank} (node {socket.gethostname()}) cannot start: {refusal.sentence}"
+            _write(store, key, OprojError(refusal.code, told), end_others)
+            _hear(store, key, rank, ranks)
+            raise refusal
+        # With a verdict already there, nobody needs to wait any longer.
+        names = {other: f"{key}/{other}" for other in ranks}
+        missing = _wait(store, list(names.values()), seconds, f"{key}/verdict")
+        records = {
+            other: None if name in missing else json.loads(store.get(name))
+            for other, name in names.items()
+        }
+        code, sentence = _write(store, key, verdict(records), end_others)
+        if code:
+            _hear(store, key, rank, [other for other in ranks if records[other] is not None])
+            raise OprojError(code, sentence)
+
+
+@contextlib.contextmanager
+def _store_errors(refusal: OprojError | None) -> Iterator[None]:
     try:
-        error = _settle(store, key, rank, ranks, record, seconds, verdict, refusal, end_others)
+        yield
     except OprojError:
         raise
     except RuntimeError as problem:  # torch's DistNetworkError
@@ -56,60 +79,24 @@ def agree(
             "the rank that holds the key-value store of the process group (rank 0) ended while "
             f"the ranks agreed ({str(problem).splitlines()[0]}): look for its error in its log.",
         ) from problem
-    if error is not None:
-        raise error
-
-
-def _settle(
-    store: Any,
-    key: str,
-    rank: int,
-    ranks: Sequence[int],
-    record: Record,
-    seconds: float,
-    verdict: Verdict,
-    refusal: OprojError | None,
-    end_others: Callable[[], None],
-) -> OprojError | None:
-    store.set(f"{key}/{rank}", json.dumps({**record, "node": socket.gethostname()}))
-    if refusal is not None:
-        told = f"rank {rank} (node {socket.gethostname()}) cannot start: {refusal.sentence}"
-        _write(store, key, OprojError(refusal.code, told), end_others)
-        _hear(store, key, rank, ranks)
-        return refusal
-    # With a verdict already there, nobody needs to wait any longer.
-    names = {other: f"{key}/{other}" for other in ranks}
-    missing = _wait(store, list(names.values()), seconds, f"{key}/verdict")
-    records = {
-        other: None if name in missing else json.loads(_text(store.get(name)))
-        for other, name in names.items()
-    }
-    code, sentence = _write(store, key, verdict(records), end_others)
-    if not code:
-        return None
-    _hear(store, key, rank, [other for other in ranks if records[other] is not None])
-    return OprojError(code, sentence)
 
 
 def _write(
     store: Any, key: str, error: OprojError | None, end_others: Callable[[], None]
-) -> tuple[str, str]:
-    """Write a verdict unless there is one; return (code, sentence) of the one that holds."""
-    mine = json.dumps(["", ""] if error is None else [error.code, error.sentence])
-    settled = _text(store.compare_set(f"{key}/verdict", "", mine))
+) -> list[str]:
+    """Write a verdict unless there is one; return [code, sentence] of the one that holds."""
+    mine = ["", ""] if error is None else [error.code, error.sentence]
+    settled: list[str] = json.loads(store.compare_set(f"{key}/verdict", "", json.dumps(mine)))
     if error is not None and settled == mine:
         end_others()
-    code, sentence = json.loads(settled)
-    return code, sentence
+    return settled
 
 
 def _hear(store: Any, key: str, rank: int, ranks: Sequence[int]) -> None:
     """Wait until `ranks` heard the verdict, because the store ends with the rank that holds it."""
-    try:
+    with contextlib.suppress(RuntimeError):  # the store has ended; this rank knows the verdict
         store.set(f"{key}/heard/{rank}", "1")
         _wait(store, [f"{key}/heard/{other}" for other in ranks], HEARD_SECONDS)
-    except RuntimeError:
-        pass  # The rank with the store has ended; this rank knows the verdict.
 
 
 def _wait(store: Any, keys: Sequence[str], seconds: float, unless: str | None = None) -> list[str]:
@@ -121,10 +108,6 @@ def _wait(store: Any, keys: Sequence[str], seconds: float, unless: str | None = 
         if not missing or time.monotonic() >= deadline or (unless and store.check([unless])):
             return missing
         time.sleep(0.02)
-
-
-def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value
 
 
 def same_settings(record: Record, seconds: float) -> Verdict:
@@ -168,37 +151,30 @@ def _ranks_with(field: str, value: str, values: Mapping[int, Record]) -> str:
     return f"rank {_join(ranks)} (node {_join(sorted({values[r]['node'] for r in ranks}))})"
 
 
-def same_layers() -> Verdict:
-    """Return the verdict after loading: every rank of the group sharded the same layers.
+def same_layers(records: Records) -> OprojError | None:
+    """Judge after loading: every rank of the group sharded the same layers.
 
     A record's `layers` is JSON: layer name -> its description (shapes, dtypes, quant method).
     """
-
-    def verdict(records: Records) -> OprojError | None:
-        absent = [rank for rank, other in records.items() if other is None]
-        if absent:
-            return OprojError(
-                "OPROJ012",
-                f"rank {_join(absent)} did not reach its first forward pass in time: look for "
-                "its error in the log of that rank.",
-            )
-        described = {rank: json.loads(other["layers"]) for rank, other in records.items() if other}
-        first_rank, first = next(iter(described.items()))
-        for rank, layers in described.items():
-            for name in _differences(first, layers):
+    absent = [rank for rank, other in records.items() if other is None]
+    if absent:
+        return OprojError(
+            "OPROJ012",
+            f"rank {_join(absent)} did not reach its first forward pass in time: look for its "
+            "error in the log of that rank.",
+        )
+    described = {rank: json.loads(other["layers"]) for rank, other in records.items() if other}
+    first_rank, first = next(iter(described.items()))
+    for rank, layers in described.items():
+        for name in sorted(first.keys() | layers.keys()):
+            one, other = first.get(name, "absent"), layers.get(name, "absent")
+            if one != other:
                 return OprojError(
                     "OPROJ012",
-                    f"layer {name} is [{layers.get(name, 'absent')}] on rank {rank} but "
-                    f"[{first.get(name, 'absent')}] on rank {first_rank}: start every rank "
-                    "with the same model, options, quantization and versions.",
+                    f"layer {name} is [{other}] on rank {rank} but [{one}] on rank {first_rank}: "
+                    "start every rank with the same model, options, quantization and versions.",
                 )
-        return None
-
-    return verdict
-
-
-def _differences(one: Mapping[str, str], other: Mapping[str, str]) -> Iterator[str]:
-    return (name for name in sorted(set(one) | set(other)) if one.get(name) != other.get(name))
+    return None
 
 
 def _join(values: Sequence[object]) -> str:

@@ -170,15 +170,10 @@ def buffer(role: str, shape: tuple[int, ...], like: torch.Tensor, group: OtpGrou
     if found is not None:
         return found
     size = math.prod(shape)
-    memory = group.buffers.get((role, like.dtype))
-    # The model writes to it in and out of inference mode: no inference tensor.
+    memory = group.memory((role, like.dtype), size, like.dtype, like.device)
+    if len(group.views) >= MOST_VIEWS:
+        group.views.clear()
     with torch.inference_mode(False):
-        if memory is None or memory.numel() < size:
-            memory = torch.empty(size, dtype=like.dtype, device=like.device)
-            group.buffers[role, like.dtype] = memory
-            group.views.clear()
-        if len(group.views) >= MOST_VIEWS:
-            group.views.clear()
         view = group.views[key] = memory[:size].view(shape)
     return view
 
@@ -222,20 +217,14 @@ def _parts(counts: Counts, plan: Plan) -> int:
 
 
 def _all_to_all(
-    output: torch.Tensor,
-    input_: torch.Tensor,
-    output_rows: Counts,
-    input_rows: Counts,
+    output: torch.Tensor, input_: torch.Tensor, output_rows: Counts, input_rows: Counts,
     group: OtpGroup,
-) -> None:
+) -> None:  # fmt: skip
+    equal = output_rows == input_rows and len(set(output_rows)) == 1
+    # The form without splits is the one that a device graph can capture.
+    splits = () if equal else (list(output_rows), list(input_rows))
     try:
-        if output_rows == input_rows and len(set(output_rows)) == 1:
-            # The form without splits is the one that a device graph can capture.
-            dist.all_to_all_single(output, input_, group=group.device_group)
-        else:
-            dist.all_to_all_single(
-                output, input_, list(output_rows), list(input_rows), group=group.device_group
-            )
+        dist.all_to_all_single(output, input_, *splits, group=group.device_group)
     except RuntimeError as error:
         raise CollectiveError(str(error)) from error
 

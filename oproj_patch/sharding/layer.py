@@ -95,11 +95,8 @@ class Shard:
         bias = None if rank > 0 or layer.skip_bias_add else layer.bias
         # vllm-ascend's wrapper would ask vLLM for the rank; it passes it on as last argument.
         wrapped = getattr(layer.quant_method, "quant_method", None)
-        output: torch.Tensor = (
-            layer.quant_method.apply(layer, x, bias)
-            if wrapped is None
-            else wrapped.apply(layer, x, bias, rank)
-        )
+        method = layer.quant_method if wrapped is None else wrapped
+        output: torch.Tensor = method.apply(layer, x, bias, *(() if wrapped is None else (rank,)))
         return output
 
 
@@ -110,14 +107,9 @@ class ShardedMixin:
 
 
 def construct(
-    init: Callable[..., None],
-    layer: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    group: OtpGroup,
-    parallel_state: Any,
-    host: HostPass,
-) -> None:
+    init: Callable[..., None], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
+    group: OtpGroup, parallel_state: Any, host: HostPass,
+) -> None:  # fmt: skip
     """Run the host's `layer.__init__` so that `layer` becomes a sharded o_proj.
 
     init: the bound original constructor, called with args and kwargs as given.
@@ -130,7 +122,10 @@ def construct(
     cls: type = type(layer)
     _warn_of_bypassed(cls)
     layer.__class__ = _sharded_class(cls)
-    name = _unique(prefix, group)
+    name, count = prefix, 1
+    while name in group.layers:  # a drafter may name its layers as the model does
+        count += 1
+        name = f"{prefix}#{count}"
     label_type = host.label_type()
     label = name if label_type is str else label_type(name)
     plan = exchange.Plan(group.size, 0, 0, 0, 0, 0, 1)
@@ -234,12 +229,8 @@ def _sharded_class(cls: type) -> type:
     """Return a subclass of `cls` whose instances are sharded; features keyed on names see `cls`."""
     if issubclass(cls, ShardedMixin):
         return cls
-    namespace = {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        "forward": _forward,
-    }
+    namespace = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    namespace["forward"] = _forward
     for loader in ("weight_loader", "weight_loader_v2"):
         if hasattr(cls, loader):
             namespace[loader] = _seeing_own_group(getattr(cls, loader))
@@ -312,9 +303,8 @@ def _register_op(label: type) -> None:
     def o_proj(x: torch.Tensor, layer: Any, hidden: int) -> torch.Tensor:
         return _run(x, layer if isinstance(layer, str) else layer.value)
 
-    o_proj.__annotations__.update(
-        {"x": torch.Tensor, "layer": label, "hidden": int, "return": torch.Tensor}
-    )
+    tensor = torch.Tensor
+    o_proj.__annotations__.update({"x": tensor, "layer": label, "hidden": int, "return": tensor})
     _library = torch.library.Library("oproj_patch", "FRAGMENT")
     _library.define("o_proj" + torch.library.infer_schema(o_proj, mutates_args=()))
     _library.impl("o_proj", o_proj, "CompositeExplicitAutograd")
@@ -366,7 +356,7 @@ def _check_blocks(layer: Any) -> None:
 
 def _check_loaded(layer: Any, param: Any, loaded: Any) -> None:
     """Refuse a tensor that the ranks cannot share out in whole elements: blocks would be cut."""
-    dim = _input_dim(param)
+    dim = getattr(param, "input_dim", None)  # vLLM's mark of a parameter that is cut along it
     if dim is None or getattr(param, "is_sharded_weight", False) or loaded.dim() != param.dim():
         return
     ways = layer.oproj.group.layer_tp.world_size
@@ -384,33 +374,19 @@ def _no_whole_blocks(shard: Shard, what: str, block: int) -> OprojValueError:
     )
 
 
-def _input_dim(param: torch.nn.Parameter) -> int | None:
-    # vLLM marks a parameter that is cut along the input dimension by `input_dim`.
-    return getattr(param, "input_dim", None)
-
-
 def _measure(layer: Any) -> None:
     """Record bytes and shapes of the parameters."""
     shard = layer.oproj
     ways = shard.group.layer_tp.world_size // shard.group.tp_size
     params = list(layer.named_parameters(recurse=False))
     sizes = {name: param.numel() * param.element_size() for name, param in params}
-    cut = [name for name, param in params if _input_dim(param) is not None]
+    cut = [name for name, param in params if getattr(param, "input_dim", None) is not None]
     shard.kept = sum(sizes.values())
     shard.saved = sum(sizes[name] for name in cut) * (ways - 1)
     shard.description = " ".join(
         [type(layer.quant_method).__name__]
         + [f"{name}:{tuple(param.shape)}:{param.dtype}" for name, param in params]
     )
-
-
-def _unique(prefix: str, group: OtpGroup) -> str:
-    # A drafter may name its layers as the model does.
-    name, count = prefix, 1
-    while name in group.layers:
-        count += 1
-        name = f"{prefix}#{count}"
-    return name
 
 
 @functools.cache

@@ -23,7 +23,7 @@ def agreed(layers: list[dict[str, str] | None], seconds: float = 20) -> list[tup
         record = {"layers": json.dumps(layers[rank])}
         try:
             agreement.agree(
-                store, "key", rank, range(len(layers)), record, seconds, agreement.same_layers()
+                store, "key", rank, range(len(layers)), record, seconds, agreement.same_layers
             )
         except OprojError as error:
             return type(error), str(error)
