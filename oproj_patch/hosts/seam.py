@@ -86,7 +86,9 @@ def resolve(seam: Seam, host: str) -> tuple[Any, str, Any] | None:
         module = importlib.import_module(seam.module)
         parent, attribute, original = wrapt.resolve_path(module, seam.path)
     except (ModuleNotFoundError, AttributeError) as error:
-        if not seam.required and _is_absent(error, seam):
+        # Is the symbol itself absent, or something that its module failed to import?
+        name = error.name if isinstance(error, ModuleNotFoundError) else seam.module
+        if not seam.required and name and f"{seam.module}.".startswith(f"{name}."):
             return None
         raise _drift(seam, host, f"cannot be found ({type(error).__name__}: {error})") from error
     function = inspect.unwrap(getattr(parent, attribute))
@@ -134,13 +136,6 @@ def undo(installed: Sequence[Installed]) -> None:
             "and passes through.",
             ", ".join(left),
         )
-
-
-def _is_absent(error: Exception, seam: Seam) -> bool:
-    """Tell whether the symbol itself is absent, and not something its module failed to import."""
-    if isinstance(error, ModuleNotFoundError):
-        return bool(error.name) and f"{seam.module}.".startswith(f"{error.name}.")
-    return True
 
 
 def _drift(seam: Seam, host: str, what: str) -> OprojError:

@@ -26,16 +26,10 @@ HEARD_SECONDS = 5.0
 
 
 def agree(
-    store: Any,
-    key: str,
-    rank: int,
-    ranks: Sequence[int],
-    record: Record,
-    seconds: float,
-    verdict: Verdict,
-    refusal: OprojError | None = None,
+    store: Any, key: str, rank: int, ranks: Sequence[int], record: Record, seconds: float,
+    verdict: Verdict, refusal: OprojError | None = None,
     end_others: Callable[[], None] = lambda: None,
-) -> None:
+) -> None:  # fmt: skip
     """Publish `record` under `key`, wait for the records of `ranks`, and settle on one verdict.
 
     store: a torch.distributed store that all of `ranks` reach; key: unique to this agreement.

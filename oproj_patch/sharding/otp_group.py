@@ -7,7 +7,6 @@ names that begin with `tp` or `pp` get shared memory on a CPU.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import threading
@@ -104,13 +103,8 @@ class OtpGroup:
     buffers: dict[Any, torch.Tensor] = field(default_factory=dict)
     views: dict[Any, torch.Tensor] = field(default_factory=dict)
 
-    @functools.cached_property
-    def size(self) -> int:
-        return len(self.ranks)
-
-    @functools.cached_property
-    def tp_size(self) -> int:
-        return len(self.tp_ranks)
+    def __post_init__(self) -> None:
+        self.size, self.tp_size = len(self.ranks), len(self.tp_ranks)
 
     def totals(self) -> tuple[int, int]:
         """Return bytes of all sharded layers: (kept on this rank, saved on this rank)."""
@@ -178,14 +172,9 @@ def agree_to_start(settings: Settings, equal: Mapping[str, str], refusal: OprojE
 
 
 def create(
-    dp_groups: Sequence[Sequence[int]],
-    tp_groups: Sequence[Sequence[int]],
-    backend: str,
-    settings: Settings,
-    key: str,
-    like: Any = None,
-    graph_rows: int = 0,
-) -> OtpGroup:
+    dp_groups: Sequence[Sequence[int]], tp_groups: Sequence[Sequence[int]], backend: str,
+    settings: Settings, key: str, like: Any = None, graph_rows: int = 0,
+) -> OtpGroup:  # fmt: skip
     """Create this process's otp group. Every rank of the world calls it at the same point.
 
     dp_groups, tp_groups: global ranks of all of vLLM's groups of that kind.
@@ -211,18 +200,12 @@ def create(
         for groups in (dp_groups, tp_groups)
     )
     _current = OtpGroup(
-        ranks=ranks,
-        rank=ranks.index(rank),
-        dp_start=dp_ranks.index(ranks[0]),
-        tp_ranks=tp_ranks,
-        tp_rank=tp_ranks.index(rank),
-        device_group=device_group,
-        cpu_group=cpu_group,
+        ranks=ranks, rank=ranks.index(rank), dp_start=dp_ranks.index(ranks[0]),
+        tp_ranks=tp_ranks, tp_rank=tp_ranks.index(rank),
+        device_group=device_group, cpu_group=cpu_group,
         layer_tp=LayerTPGroup(own[0].index(rank), *own),
-        settings=settings,
-        store_key=f"{key}/{ranks[0]}",
-        graph_rows=graph_rows,
-    )
+        settings=settings, store_key=f"{key}/{ranks[0]}", graph_rows=graph_rows,
+    )  # fmt: skip
     return _current
 
 
@@ -316,9 +299,7 @@ class _OnThisThread:
         setattr(self._seen(), name, value)
 
 
-def _new_groups(
-    groups: Sequence[Sequence[int]], backend: str, like: Any
-) -> tuple[list[int], Any, Any]:
+def _new_groups(groups: Sequence[Sequence[int]], backend: str, like: Any) -> Any:
     """Create all groups on all ranks; return members, device group and CPU group of this rank."""
     mine = None
     device_timeout = timeout_of(getattr(like, "device_group", None))
