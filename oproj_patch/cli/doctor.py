@@ -20,16 +20,19 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from .. import activation, hosts, settings
 from .._version import __version__
 from ..errors import OprojError, OprojValueError
 from ..hosts.ascend_option import KEY, configured
-from ..hosts.host import Host, resolved
+from ..hosts.host import resolved
 from ..hosts.launch_env import PLUGIN
 from ..hosts.seam import Seam, resolve
 from ..sharding import topology
+
+if TYPE_CHECKING:
+    from ..hosts.vllm import Vllm  # imports torch
 
 State = Literal["ok", "note", "unknown", "problem"]
 
@@ -246,7 +249,7 @@ def _entry_point() -> Finding | str:
     return f"{PLUGIN_GROUP}: {PLUGIN} = {PLUGIN_TARGET}."
 
 
-def _release(host: Host, wanted: settings.Settings) -> Finding | str:
+def _release(host: Vllm, wanted: settings.Settings) -> Finding | str:
     try:
         host.check_version(replace(wanted, skip_version_check=False))
     except (OprojError, ValueError) as error:
@@ -274,7 +277,7 @@ def _seam(seam: Seam, host: str) -> Finding | str:
 
 
 def _command(
-    host: Host, server: Sequence[str], wanted: settings.Settings
+    host: Vllm, server: Sequence[str], wanted: settings.Settings
 ) -> tuple[int, list[Finding]]:
     """Make vLLM's configuration from its command line; return the size and what was found."""
     if not server:

@@ -40,6 +40,8 @@ class Vllm(Host):
     _counts: Counts | None = None
 
     def seams(self) -> tuple[Seam, ...]:
+        """Return what is patched, group creation excepted, which `activation` wraps."""
+
         def model_built(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
             config = inspect.signature(wrapped).bind(*args, **kwargs).arguments["vllm_config"]
             group = otp_group.require("the model")
@@ -78,10 +80,12 @@ class Vllm(Host):
         )  # fmt: skip
 
     def check(self, config: Any, settings: Settings) -> None:
+        """Raise OprojError for a VllmConfig that cannot be served."""
         facts, rows = refusals.Facts(config), self.graph_rows(config)
         refusals.check(facts, settings, self.name, self.versions["vllm"], rows)
 
     def graph_rows(self, config: Any) -> int:
+        """Return the largest row count for which a device graph may be captured; 0: none is."""
         # Read from 0.9.1 to 0.32.0. vLLM only lowers these sizes later.
         compilation = refusals.of(config, "compilation_config")
         eager = refusals.of(config, "model_config", "enforce_eager")
@@ -95,6 +99,7 @@ class Vllm(Host):
         return max(map(int, sizes))
 
     def agreed(self, config: Any) -> dict[str, str]:
+        """Return what of the host's configuration must be equal on all ranks."""
         sizes = refusals.of(config, "compilation_config", "cudagraph_capture_sizes") or ()
         drafted = refusals.of(config, "speculative_config", "num_speculative_tokens")
         eager = bool(refusals.of(config, "model_config", "enforce_eager"))

@@ -209,7 +209,10 @@ def settle(group: OtpGroup) -> None:
             _measure(layer)
         least = weight_gather.threshold(layer, group)
         shard.plan = exchange.settle(layer, group, least)
-        shard.description += f" {weight_gather.describe(layer, least)} {shard.plan}"
+        # Ranks that gather different things would wait for each other for ever.
+        pieces = weight_gather.pieces(layer) if least else {}
+        shapes = {name: tuple(tensor.shape) for name, tensor in pieces.items()}
+        shard.description += f" gather:{least}:{shapes} {shard.plan}"
         shard.leads = index == 0 or index >= group.main_layers
 
 

@@ -48,13 +48,6 @@ def threshold(layer: Any, group: OtpGroup) -> int:
     return topology.gather_threshold(topology.gather_bytes(group.size, shard), step)
 
 
-def describe(layer: Any, least: int) -> str:
-    """Return what ranks must have in common to gather `layer`; part of its description."""
-    # Ranks that gather different things would wait for each other for ever.
-    what = {name: tuple(tensor.shape) for name, tensor in pieces(layer).items()} if least else ""
-    return f"gather:{least}:{what}"
-
-
 def obstacle(layer: Any, group: OtpGroup) -> str:
     """Return why `layer` cannot be gathered, after its weights were processed; empty if it can."""
     held = pieces(layer)
