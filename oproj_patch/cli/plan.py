@@ -445,22 +445,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     models = f"a directory, a config.json, or one of {', '.join(BUILTIN_MODELS)}"
     parser.add_argument("model", metavar="MODEL", help=models)
+    add = parser.add_argument
     for name, default, about in (
         ("--dp", 32, "data-parallel ranks"),
         ("--tp", 1, "tensor-parallel ranks"),
         ("--batch", 24, "rows of a decode step on each rank"),
     ):
-        about = f"{about} (default: {default})"
-        parser.add_argument(name, type=_positive, default=default, help=about)
-    about = "rows of a prefill chunk on each rank (default: 4096)"
-    parser.add_argument(
-        "--prefill-rows", type=_positive, nargs="+", default=[4096], metavar="ROWS", help=about
-    )
-    about = "data type of the o_proj weight (default: what the configuration says)"
-    parser.add_argument("--dtype", choices=list(WEIGHT_BITS), help=about)
-    about = "data type of the KV cache (default: bf16)"
-    parser.add_argument("--kv-dtype", choices=("bf16", "fp8", "int8"), default="bf16", help=about)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+        add(name, type=_positive, default=default, help=f"{about} (default: {default})")
+    add("--prefill-rows", type=_positive, nargs="+", default=[4096], metavar="ROWS",
+        help="rows of a prefill chunk on each rank (default: 4096)")  # fmt: skip
+    add("--dtype", choices=list(WEIGHT_BITS),
+        help="data type of the o_proj weight (default: what the configuration says)")  # fmt: skip
+    add("--kv-dtype", choices=("bf16", "fp8", "int8"), default="bf16",
+        help="data type of the KV cache (default: bf16)")  # fmt: skip
+    add("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(func=run)
 
 

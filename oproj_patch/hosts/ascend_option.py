@@ -28,10 +28,8 @@ def configured(additional_config: Any) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield (dictionary that holds the option, its full name) for each place where it is set."""
     if not isinstance(additional_config, dict):
         return
-    for holder, name in (
-        (additional_config, KEY),
-        (additional_config.get(NESTED), f"{NESTED}.{KEY}"),
-    ):
+    places = {KEY: additional_config, f"{NESTED}.{KEY}": additional_config.get(NESTED)}
+    for name, holder in places.items():
         if isinstance(holder, dict) and holder.get(KEY):
             yield holder, name
 

@@ -104,40 +104,34 @@ def _wait(store: Any, keys: Sequence[str], seconds: float, unless: str | None = 
         time.sleep(0.02)
 
 
-def same_settings(record: Record, seconds: float) -> Verdict:
-    """Return the verdict of a start: every rank is there, with the fields of `record`.
+def same_settings(record: Record, seconds: float, records: Records) -> OprojError | None:
+    """Judge a start: every rank is there, with the fields of `record`.
 
     record: what must be equal, by name; seconds: the deadline, for the sentence.
     """
-
-    def verdict(records: Records) -> OprojError | None:
-        values = {rank: other for rank, other in records.items() if other is not None}
-        absent = [rank for rank in records if rank not in values]
-        if absent:
-            nodes = sorted({other["node"] for other in values.values()})
+    values = {rank: other for rank, other in records.items() if other is not None}
+    absent = [rank for rank in records if rank not in values]
+    if absent:
+        nodes = sorted({other["node"] for other in values.values()})
+        return OprojError(
+            "OPROJ011",
+            f"rank {_join(absent)}: {TOGGLE} is not set there, or oproj_patch is not installed or "
+            f"not loaded there, or that process has ended (no answer within {seconds:g} s; the "
+            f"other ranks are on {_join(nodes)}): set {TOGGLE}={record[TOGGLE]} for every process "
+            f"of the instance on every node; {HANDSHAKE_SECONDS} changes the deadline.",
+        )
+    for field in record:
+        found = sorted({other.get(field, "") for other in values.values()})
+        if len(found) > 1:
+            told = "; ".join(
+                f"{_ranks_with(field, value, values)} has {value or 'none'}" for value in found
+            )
             return OprojError(
                 "OPROJ011",
-                f"rank {_join(absent)}: {TOGGLE} is not set there, or oproj_patch is not "
-                "installed or not loaded there, or that process has ended (no answer within "
-                f"{seconds:g} s; the other ranks are on {_join(nodes)}): set "
-                f"{TOGGLE}={record[TOGGLE]} for every process of the instance on every node; "
-                f"{HANDSHAKE_SECONDS} changes the deadline.",
+                f"the ranks do not agree on {field}: {told}; accepted is one value on every rank: "
+                "make them equal and start again.",
             )
-        for field in record:
-            found = {other.get(field, "") for other in values.values()}
-            if len(found) > 1:
-                told = "; ".join(
-                    f"{_ranks_with(field, value, values)} has {value or 'none'}"
-                    for value in sorted(found)
-                )
-                return OprojError(
-                    "OPROJ011",
-                    f"the ranks do not agree on {field}: {told}; accepted is one value on every "
-                    "rank: make them equal and start again.",
-                )
-        return None
-
-    return verdict
+    return None
 
 
 def _ranks_with(field: str, value: str, values: Mapping[int, Record]) -> str:

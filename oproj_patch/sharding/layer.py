@@ -208,7 +208,11 @@ def settle(group: OtpGroup) -> None:
         if all(p.numel() for p in layer.parameters(recurse=False)):  # a CPU empties what it packs
             _measure(layer)
         least = weight_gather.threshold(layer, group)
-        shard.plan = exchange.settle(layer, group, least)
+        columns, hidden = layer.input_size_per_partition * group.size, layer.output_size
+        size = layer.params_dtype.itemsize
+        captured = group.graph_rows * max(columns, group.size * hidden) * size
+        room = max(exchange.BUFFER_BYTES, captured)
+        shard.plan = exchange.Plan(group.size, columns, hidden, size, group.graph_rows, least, room)
         # Ranks that gather different things would wait for each other for ever.
         pieces = weight_gather.pieces(layer) if least else {}
         shapes = {name: tuple(tensor.shape) for name, tensor in pieces.items()}

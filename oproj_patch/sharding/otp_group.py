@@ -7,6 +7,7 @@ names that begin with `tp` or `pp` get shared memory on a CPU.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import threading
@@ -166,7 +167,7 @@ def agree_to_start(settings: Settings, equal: Mapping[str, str], refusal: OprojE
     record, seconds = {**settings.shared(), **equal}, settings.handshake_seconds
     agreement.agree(
         store(), f"{key}/settings", rank, world, record, seconds,
-        agreement.same_settings(record, seconds), refusal, _end_unaware,
+        functools.partial(agreement.same_settings, record, seconds), refusal, _end_unaware,
     )  # fmt: skip
     return key
 
