@@ -26,15 +26,13 @@ VLLM_RELEASES: tuple[str, ...] = (
 )  # fmt: skip
 """Tested vLLM releases, oldest first."""
 
-ASCEND_RELEASES: Mapping[str, AscendRelease] = MappingProxyType(
-    {
-        "0.9.1": AscendRelease("0.9.1", "2.5.1.post1"),
-        "0.11.0": AscendRelease("0.11.0", "2.7.1"),
-        "0.13.0": AscendRelease("0.13.0", "2.8.0.post2"),
-        "0.18.0": AscendRelease("0.18.0", "2.9.0"),
-        "0.23.0": AscendRelease("0.23.0", "2.10.0.post4"),
-    }
-)
+ASCEND_RELEASES: Mapping[str, AscendRelease] = MappingProxyType({
+    "0.9.1": AscendRelease("0.9.1", "2.5.1.post1"),
+    "0.11.0": AscendRelease("0.11.0", "2.7.1"),
+    "0.13.0": AscendRelease("0.13.0", "2.8.0.post2"),
+    "0.18.0": AscendRelease("0.18.0", "2.9.0"),
+    "0.23.0": AscendRelease("0.23.0", "2.10.0.post4"),
+})  # fmt: skip
 """Tested vllm-ascend releases, oldest first."""
 
 _NUMBERS = re.compile(r"v?(\d+(?:\.\d+)*)(?=$|[^\d])")

@@ -41,7 +41,7 @@ PLUGIN_GROUP, PLUGIN_TARGET = "vllm.general_plugins", "oproj_patch:plugin"
 RESTARTED = "_OPROJ_PATCH_DOCTOR"
 """Set in the environment of a doctor that has been started again with the command's variables."""
 
-COLORS: dict[State, str] = {"ok": "32", "note": "36", "unknown": "33", "problem": "31"}
+_COLORS: dict[State, str] = {"ok": "32", "note": "36", "unknown": "33", "problem": "31"}
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def format_report(report: Report, color: bool = False) -> str:
     """Return the report as text; with `color`, ANSI escapes color the states."""
 
     def paint(state: State, text: str) -> str:
-        return f"\x1b[{COLORS[state]}m{text}\x1b[0m" if color else text
+        return f"\x1b[{_COLORS[state]}m{text}\x1b[0m" if color else text
 
     width = max(map(len, report.versions))
     lines = ["versions", *(f"  {name:<{width}}  {v}" for name, v in report.versions.items())]
@@ -295,15 +295,11 @@ def _command(
     parallel, additional = args, args.additional_config
     if config is not None:
         parallel, additional = config.parallel_config, config.additional_config
-    text = (
-        f"{args.model}: data-parallel size {parallel.data_parallel_size}, tensor-parallel "
-        f"{parallel.tensor_parallel_size}."
-    )
+    sizes = parallel.data_parallel_size, parallel.tensor_parallel_size
+    text = f"{args.model}: data-parallel size {sizes[0]}, tensor-parallel {sizes[1]}."
     if config is None:
-        text += (
-            f" {args.model} is a placeholder or not reachable: the checks that need its "
-            "configuration were left out."
-        )
+        missing = "the checks that need its configuration were left out"
+        text += f" {args.model} is a placeholder or not reachable: {missing}."
     found = [Finding("command", "note" if config is None else "ok", text)]
     options = ", ".join(f"{name} is {of[KEY]!r}" for of, name in configured(additional))
     text = f"--additional-config: {options}." if options else f"no {KEY} in --additional-config."
@@ -316,14 +312,14 @@ def _command(
         nonlocal wanted
         wanted = resolved(wanted, SimpleNamespace(additional_config=additional))
         if config is None:
-            topology.check_size(wanted.size, parallel.data_parallel_size)
+            topology.check_size(wanted.size, sizes[0])
             return "nothing in this layout is refused."
         host.check(config, wanted)
         model = config.model_config.hf_text_config
         width = getattr(model, "v_head_dim", None) or getattr(model, "head_dim", None)
         heads = model.num_attention_heads
         columns = heads * (width or model.hidden_size // heads)
-        topology.check_divisible("o_proj", columns, parallel.tensor_parallel_size, wanted.size)
+        topology.check_divisible("o_proj", columns, sizes[1], wanted.size)
         return "nothing in this configuration is refused."
 
     found.append(_look("refusals", refused))
@@ -346,11 +342,9 @@ def _configuration(server: Sequence[str]) -> tuple[Any, Any]:
 
     parser = Parser(prog="vllm")
     serve = ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
-    if server[0] == "serve":
-        args = parser.parse_args(list(server))
-        args.model = getattr(args, "model_tag", None) or args.model
-    else:
-        args = serve.parse_args(list(server[1:]))
+    command = parser if server[0] == "serve" else serve
+    args = command.parse_args(list(server) if command is parser else list(server[1:]))
+    args.model = getattr(args, "model_tag", None) or args.model
     if not _readable(args.model, args.revision):
         return args, None
     return args, AsyncEngineArgs.from_cli_args(args).create_engine_config()

@@ -118,15 +118,12 @@ def make_plan(
         kept = held(n, shape.dtypes)
         step = step_bytes(n, width // n, hidden, element_bytes) * layers
         gather = gather_bytes(n, kept)
+        saved, tokens = full - kept, (full - kept) // kv_bytes
         rows.append({
-            "otp_size": n,
-            "o_proj_bytes_per_rank": kept,
-            "saved_bytes_per_rank": full - kept,
-            "saved_bytes_instance": (full - kept) * dp * tp,
-            "kv_tokens_per_rank": (full - kept) // kv_bytes,
-            "kv_tokens_instance": (full - kept) // kv_bytes * dp,
-            "exchange_bytes_per_token": step,
-            "exchange_bytes_per_step": step * batch,
+            "otp_size": n, "o_proj_bytes_per_rank": kept,
+            "saved_bytes_per_rank": saved, "saved_bytes_instance": saved * dp * tp,
+            "kv_tokens_per_rank": tokens, "kv_tokens_instance": tokens * dp,
+            "exchange_bytes_per_token": step, "exchange_bytes_per_step": step * batch,
             "weight_gather_rows": gather_threshold(gather, step),
             "prefill": [
                 {"rows": count, "exchange_bytes": step * count, "weight_gather_bytes": gather}
@@ -136,18 +133,13 @@ def make_plan(
         })  # fmt: skip
     return {
         "model": model, "dp": dp, "tp": tp, "kv_dtype": kv_dtype, "batch": batch,
-        "dtype": shape.weight_dtype,
-        "activation_dtype": shape.activation_dtype,
-        "hidden_size": hidden,
-        "o_proj_input": shape.o_proj_input,
-        "num_layers": layers,
-        "mtp_layers": len(shape.mtp_dtypes),
-        "unsharded_bytes_per_rank": full,
-        "mtp_unsharded_bytes_per_rank": mtp_full,
+        "dtype": shape.weight_dtype, "activation_dtype": shape.activation_dtype,
+        "hidden_size": hidden, "o_proj_input": shape.o_proj_input,
+        "num_layers": layers, "mtp_layers": len(shape.mtp_dtypes),
+        "unsharded_bytes_per_rank": full, "mtp_unsharded_bytes_per_rank": mtp_full,
         "kv_bytes_per_token": kv_bytes,
         "weight_gather_buffer_bytes": max(held(1, [dtype]) for dtype in set(shape.dtypes)),
-        "notes": list(shape.notes),
-        "rows": rows,
+        "notes": list(shape.notes), "rows": rows,
     }  # fmt: skip
 
 

@@ -240,7 +240,9 @@ def check(facts: Facts, settings: Settings, host: str, version: str, graph_rows:
         of_host = host == rule.host and releases.applies(version, rule.since, rule.until)
         value = rule.found(facts) if rule.host == "vllm" or of_host else None
         if value is not None:
-            of_release = f" of vllm-ascend {version}" if rule.until and rule.host == host else ""
+            of_release = (
+                f" of vllm-ascend {version}" if rule.until and host == rule.host != "vllm" else ""
+            )
             raise OprojError(
                 "OPROJ015",
                 f"{TOGGLE} is {settings.size}, and {rule.option}{of_release} is {value}: "

@@ -131,11 +131,8 @@ def undo(installed: Sequence[Installed]) -> None:
     """Put the originals back, last first; say so where another plugin's wrapper stays."""
     left = [entry.seam.symbol for entry in reversed(installed) if not entry.undo()]
     if left:
-        _log.warning(
-            "%s: another wrapper was put on after oproj_patch's, so oproj_patch's stays there "
-            "and passes through.",
-            ", ".join(left),
-        )
+        told = "another wrapper was put on after oproj_patch's, so oproj_patch's stays there and"
+        _log.warning("%s: %s passes through.", ", ".join(left), told)
 
 
 def _drift(seam: Seam, host: str, what: str) -> OprojError:

@@ -234,10 +234,7 @@ def _gather_is_right(layer: Any, x: torch.Tensor, counts: Counts, parts: int) ->
         shard.gather_verified = True
         return True
     shard.plan = shard.plan._replace(gather_from=0)
-    logging.getLogger("vllm.oproj_patch").warning(
-        "%s: a gathered weight gives another result with %s; rows are exchanged for all row "
-        "counts instead.",
-        shard.name,
-        type(layer.quant_method).__name__,
-    )
+    told = "a gathered weight gives another result with"
+    then = f"{type(layer.quant_method).__name__}; rows are exchanged for all row counts instead"
+    logging.getLogger("vllm.oproj_patch").warning("%s: %s %s.", shard.name, told, then)
     return False

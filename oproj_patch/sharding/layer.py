@@ -126,12 +126,10 @@ def construct(
     while name in group.layers:  # a drafter may name its layers as the model does
         count += 1
         name = f"{prefix}#{count}"
-    label_type = host.label_type()
-    label = name if label_type is str else label_type(name)
-    plan = exchange.Plan(group.size, 0, 0, 0, 0, 0, 1)
+    label_type, plan = host.label_type(), exchange.Plan(group.size, 0, 0, 0, 0, 0, 1)
     # nn.Module.__setattr__ would look for tables that do not exist before its __init__.
     layer.__dict__["oproj"] = Shard(
-        name, label, host.traceable(), layer, group, host, parallel_state, plan
+        name, label_type(name), host.traceable(), layer, group, host, parallel_state, plan
     )
     try:
         with LayerScope(parallel_state, group):
@@ -179,15 +177,14 @@ def check_model(model: Any, group: OtpGroup, built: Sequence[str], attentions: A
             f"{TOGGLE} is {group.size}, but {type(model).__name__} has no self-attention o_proj "
             "that can be sharded: unset the variable for this model.",
         )
-    caches = [
-        f"{prefix}."
-        for prefix, layer in attentions.items()
-        if hasattr(layer, "kv_cache")
-        and getattr(layer, "attn_type", None) not in ("encoder", "encoder_only")
-    ]
+    encoders = ("encoder", "encoder_only")
     for name in built:
         owner = name.partition("#")[0].rpartition(".")[0]
-        if not any(prefix.startswith(f"{owner}.") for prefix in caches):
+        inner = [
+            layer for prefix, layer in attentions.items() if f"{prefix}.".startswith(f"{owner}.")
+        ]
+        cached = [layer for layer in inner if hasattr(layer, "kv_cache")]
+        if all(getattr(layer, "attn_type", None) in encoders for layer in cached):
             raise OprojError(
                 "OPROJ007",
                 f"{name} of {type(model).__name__} was sharded, but {owner} has no KV cache, so "
@@ -404,9 +401,7 @@ def _warn_of_bypassed(cls: type) -> None:
         if forward is None:
             continue
         if hasattr(forward, "__wrapped__") or forward.__module__ != base.__module__:
-            _log.warning(
-                "%s.forward was replaced by %s; oproj_patch does not call it for o_proj layers.",
-                base.__qualname__,
-                getattr(forward, "__module__", type(forward).__module__),
-            )
+            told = "%s.forward was replaced by %s; oproj_patch does not call it for o_proj layers."
+            module = getattr(forward, "__module__", type(forward).__module__)
+            _log.warning(told, base.__qualname__, module)
         return
