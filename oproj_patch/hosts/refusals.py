@@ -237,12 +237,11 @@ def check(facts: Facts, settings: Settings, host: str, version: str, graph_rows:
             "accepted are mixture-of-experts models: unset the variable for this model.",
         )
     for rule in RULES:
-        of_host = host == rule.host and releases.applies(version, rule.since, rule.until)
-        value = rule.found(facts) if rule.host == "vllm" or of_host else None
+        of_ascend = host == rule.host == "vllm-ascend"
+        of_ascend = of_ascend and releases.applies(version, rule.since, rule.until)
+        value = rule.found(facts) if rule.host == "vllm" or of_ascend else None
         if value is not None:
-            of_release = (
-                f" of vllm-ascend {version}" if rule.until and host == rule.host != "vllm" else ""
-            )
+            of_release = f" of vllm-ascend {version}" if of_ascend and rule.until else ""
             raise OprojError(
                 "OPROJ015",
                 f"{TOGGLE} is {settings.size}, and {rule.option}{of_release} is {value}: "
