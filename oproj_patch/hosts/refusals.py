@@ -191,7 +191,7 @@ RULES: tuple[Rule, ...] = (
          _given("speculative_config", "num_speculative_tokens_per_batch_size"),
          "a rank drafts as many tokens as its own batch asks for, so ranks would run the drafter a "
          "different number of times", since="0.24.0", until="0.25.1",
-         remedy="use num_speculative_tokens alone, or vLLM 0.26 or later"),
+         remedy="use num_speculative_tokens alone, or vLLM 0.26 or later, or unset the variable"),
     Rule("VLLM_USE_V1", _first_engine,
          "vLLM's first engine does not run data-parallel ranks in lock step",
          until="0.10.2", remedy="set VLLM_USE_V1=1, or unset the variable"),
