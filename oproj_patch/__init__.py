@@ -18,15 +18,7 @@ if TYPE_CHECKING:
     from .activation import Status, disable, enable, status
     from .errors import OprojError, OprojValueError
 
-__all__ = [
-    "OprojError",
-    "OprojValueError",
-    "Status",
-    "__version__",
-    "disable",
-    "enable",
-    "status",
-]
+__all__ = ["OprojError", "OprojValueError", "Status", "__version__", "disable", "enable", "status"]
 
 _ERRORS = ("OprojError", "OprojValueError")
 

@@ -12,14 +12,14 @@ import inspect
 import os
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import settings as settings_module
 from .errors import OprojError
-from .hosts import ascend_option, distribution, launch_env, vllm_version
+from .hosts import ascend_option, launch_env, vllm_version
 from .hosts.seam import Installed, Seam, install, undo
 from .settings import TOGGLE, Settings
 
@@ -45,11 +45,11 @@ class Status:
     size: int
     versions: dict[str, str]
     seams: tuple[str, ...]
-    otp_ranks: tuple[int, ...]
-    layers: int
-    bytes_kept: int
-    bytes_saved: int
-    exchanges: int
+    otp_ranks: tuple[int, ...] = ()
+    layers: int = 0
+    bytes_kept: int = 0
+    bytes_saved: int = 0
+    exchanges: int = 0
 
 
 @dataclass
@@ -57,9 +57,7 @@ class _Start:
     """One start of vLLM's process groups, on which the ranks agreed or which was refused."""
 
     world: weakref.ref[Any]
-    settings: Settings = field(default_factory=Settings)
     key: str = ""
-    host: Any = None
     refusal: OprojError | None = None
     tp_groups: list[list[int]] = field(default_factory=list)
 
@@ -68,16 +66,16 @@ class _Start:
 class _State:
     settings: Settings = field(default_factory=Settings)
     refusal: OprojError | None = None
-    group_seam: list[Installed] = field(default_factory=list)
     waiting: bool = False
     host: Any = None
     installed: list[Installed] = field(default_factory=list)
     start: _Start | None = None
     stack: ExitStack = field(default_factory=ExitStack)
-    undo_ray: Callable[[], None] | None = None
 
 
 _state = _State()
+# Not part of the state: another size does not make vLLM load its plugins again.
+_ray = ExitStack()
 
 
 def activate() -> None:
@@ -98,11 +96,11 @@ def activate() -> None:
     _refuse_while_sharded(f"{TOGGLE} changed")
     _withdraw()
     if not wanted.enabled:
-        _withdraw_from_ray()
+        _ray.close()
         return
     _state.settings = wanted
     _state.stack.callback(launch_env.add_to_vllm_plugins(os.environ))
-    _state.stack.callback(ascend_option.watch(wanted, _ascend))
+    _state.stack.callback(ascend_option.watch(wanted))
     _wrap_group_creation()
 
 
@@ -112,8 +110,7 @@ def plugin_loaded() -> None:
     Raises as `activate` does.
     """
     activate()
-    if _state.undo_ray is None:
-        _state.undo_ray = launch_env.add_to_ray(os.environ)
+    _ray.callback(launch_env.add_to_ray(os.environ))
 
 
 def enable(size: int | str | None = None) -> None:
@@ -123,17 +120,19 @@ def enable(size: int | str | None = None) -> None:
     Raises OprojValueError when the size is not understood, OprojError when sharded layers of
     another size exist.
     """
-    if size is not None:
-        settings_module.parse_size(str(size))
-        before = os.environ.get(TOGGLE)
-        os.environ[TOGGLE] = str(size)
-        try:
-            activate()
-        except OprojError:
-            _restore(before)
-            raise
+    if size is None:
+        activate()
         return
-    activate()
+    settings_module.parse_size(str(size))
+    before = os.environ.get(TOGGLE)
+    os.environ[TOGGLE] = str(size)
+    try:
+        activate()
+    except OprojError:
+        os.environ.pop(TOGGLE)
+        if before is not None:
+            os.environ[TOGGLE] = before
+        raise
 
 
 def disable() -> None:
@@ -143,40 +142,36 @@ def disable() -> None:
     Raises OprojError while sharded layers exist in this process.
     """
     _refuse_while_sharded("disable() was called")
-    _restore(None)
+    os.environ.pop(TOGGLE, None)
     _withdraw()
-    _withdraw_from_ray()
+    _ray.close()
 
 
 def status() -> Status:
     """Return what is active in this process. Imports nothing."""
     otp_group = sys.modules.get(f"{__package__}.sharding.otp_group")
     group = otp_group.current() if otp_group is not None else None
-    kept, saved = group.totals() if group is not None else (0, 0)
-    seams = [*_state.group_seam, *_state.installed] if _state.installed else ()
-    return Status(
-        enabled=_state.settings.enabled,
-        size=group.size if group is not None else _state.settings.size,
-        versions=dict(_state.host.versions) if _state.host is not None else {},
-        seams=tuple(entry.seam.symbol for entry in seams),
-        otp_ranks=tuple(group.ranks) if group is not None else (),
-        layers=len(group.layers) if group is not None else 0,
-        bytes_kept=kept,
-        bytes_saved=saved,
-        exchanges=group.steps if group is not None else 0,
-    )
+    now = Status(_state.settings.enabled, _state.settings.size, {}, ())
+    if _state.host is not None:
+        seams = tuple(entry.seam.symbol for entry in _state.installed)
+        now = replace(now, versions=dict(_state.host.versions), seams=seams)
+    if group is None:
+        return now
+    kept, saved = group.totals()
+    return replace(
+        now, size=group.size, otp_ranks=tuple(group.ranks), layers=len(group.layers),
+        bytes_kept=kept, bytes_saved=saved, exchanges=group.steps,
+    )  # fmt: skip
 
 
 def group_seam() -> Seam:
     """Return the one seam that is installed before vLLM creates its groups."""
-    return Seam(
-        PARALLEL_STATE,
-        "init_model_parallel_group",
-        _group_created,
+    why = (
         "agree on a start and create the otp group; every caller that creates groups comes "
-        "through it, with the rank lists of the whole world",
-        ("group_ranks", "backend", "group_name"),
+        "through it, with the rank lists of the whole world"
     )
+    parameters = ("group_ranks", "backend", "group_name")
+    return Seam(PARALLEL_STATE, "init_model_parallel_group", _group_created, why, parameters)
 
 
 def _wrap_group_creation() -> None:
@@ -193,8 +188,8 @@ def _wrap(_: Any) -> None:
     """Wrap group creation. Called now, or by wrapt when vLLM's module has been imported."""
     _state.waiting = False
     wanted = _state.settings.enabled or _state.refusal is not None
-    if wanted and not _state.group_seam:
-        _state.group_seam = install([group_seam()], f"vllm {vllm_version()}")
+    if wanted and not _state.installed:
+        _state.installed = install([group_seam()], f"vllm {vllm_version()}")
 
 
 def _group_created(create: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -213,7 +208,10 @@ def _group_created(create: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _started() -> _Start:
-    """Return this start of process groups; begin one when there is none in this world."""
+    """Return this start of process groups; begin one when there is none in this world.
+
+    To begin is to read the configuration, to install the seams, and to agree with every rank.
+    """
     from torch import distributed
 
     toggle = os.environ.pop(TOGGLE, None)
@@ -221,37 +219,27 @@ def _started() -> _Start:
         from .sharding import otp_group
     finally:
         _restore(toggle)
-    world = distributed.group.WORLD
-    if _state.start is None or _state.start.world() is not world:
-        # Weakly, because a process group must end with its world.
-        _state.start = _Start(weakref.ref(world))
-        _begin(_state.start)
-        otp_group.refuse(_state.start.refusal)
-    return _state.start
-
-
-def _begin(start: _Start) -> None:
-    """Read the configuration, install the seams, and agree with every rank of the world."""
     from vllm.config import get_current_vllm_config
 
     from .hosts import detect
-    from .sharding import otp_group
 
-    refusal = _state.refusal
-    settings, equal = _state.settings, dict[str, str]()
+    world = distributed.group.WORLD
+    if _state.start is not None and _state.start.world() is world:
+        return _state.start
+    # Weakly, because a process group must end with its world.
+    start = _state.start = _Start(weakref.ref(world))
+    settings, equal, refusal = _state.settings, dict[str, str](), _state.refusal
     try:
         if refusal is None:
-            host = _state.host or detect()
-            config = get_current_vllm_config()
-            settings, equal = _install(host, config)
-            start.host = host
+            settings, equal = _install(_state.host or detect(), get_current_vllm_config())
     except OprojError as error:
         refusal = error
     try:
         start.key = otp_group.agree_to_start(settings, equal, refusal)
     except OprojError as error:
         start.refusal = error
-    start.settings = settings
+    otp_group.refuse(start.refusal)
+    return start
 
 
 def _install(host: Any, config: Any) -> tuple[Settings, dict[str, str]]:
@@ -263,8 +251,8 @@ def _install(host: Any, config: Any) -> tuple[Settings, dict[str, str]]:
 
     host.settings = settings = resolved(_state.settings, config)
     host.check_version(settings)
-    if not _state.installed:
-        _state.installed = install(host.seams(), str(host))
+    if _state.host is None:
+        _state.installed += install(host.seams(), str(host))
         _state.host = host
     host.check(config, settings)
     versions = {f"the version of {name}": version for name, version in host.versions.items()}
@@ -276,9 +264,10 @@ def _create_otp_group(start: _Start, dp_groups: Sequence[Any], backend: str, dp:
 
     from .sharding import otp_group, topology
 
-    topology.check_size(start.settings.size, len(dp_groups[0]))
-    graph_rows = start.host.graph_rows(get_current_vllm_config())
-    otp_group.create(dp_groups, start.tp_groups, backend, start.settings, start.key, dp, graph_rows)
+    host = _state.host
+    topology.check_size(host.settings.size, len(dp_groups[0]))
+    graph_rows = host.graph_rows(get_current_vllm_config())
+    otp_group.create(dp_groups, start.tp_groups, backend, host.settings, start.key, dp, graph_rows)
     original = dp.destroy
 
     def destroy() -> None:
@@ -293,30 +282,12 @@ def _create_otp_group(start: _Start, dp_groups: Sequence[Any], backend: str, dp:
 def _withdraw() -> None:
     """Go back to off: seams and environment as they were."""
     global _state
-    undo([*_state.group_seam, *_state.installed])
+    undo(_state.installed)
     _state.stack.close()
     otp_group = sys.modules.get(f"{__package__}.sharding.otp_group")
     if otp_group is not None:
         otp_group.refuse(None)
-    _state = _State(waiting=_state.waiting, undo_ray=_state.undo_ray)
-
-
-def _withdraw_from_ray() -> None:
-    # Not part of `_withdraw`: another size does not make vLLM load its plugins again.
-    if _state.undo_ray is not None:
-        _state.undo_ray()
-    _state.undo_ray = None
-
-
-def _ascend() -> str:
-    return f"vllm-ascend {distribution('vllm-ascend', 'vllm_ascend') or 'unknown'}"
-
-
-def _restore(toggle: str | None) -> None:
-    if toggle is None:
-        os.environ.pop(TOGGLE, None)
-    else:
-        os.environ[TOGGLE] = toggle
+    _state = _State(waiting=_state.waiting)
 
 
 def _refuse_while_sharded(what: str) -> None:

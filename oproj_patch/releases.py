@@ -12,55 +12,27 @@ from typing import NamedTuple
 
 
 class AscendRelease(NamedTuple):
-    """What one vllm-ascend release is built for."""
+    """The vLLM that a vllm-ascend release patches; the torch_npu that its wheel requires."""
 
     vllm: str
-    """The vLLM release it patches."""
     torch_npu: str
-    """The torch_npu release its wheel requires."""
 
 
 VLLM_RELEASES: tuple[str, ...] = (
-    "0.9.1",
-    "0.9.2",
-    "0.10.0",
-    "0.10.1.1",
-    "0.10.2",
-    "0.11.0",
-    "0.11.2",
-    "0.12.0",
-    "0.13.0",
-    "0.14.1",
-    "0.15.1",
-    "0.16.0",
-    "0.17.1",
-    "0.18.0",
-    "0.19.1",
-    "0.20.2",
-    "0.21.0",
-    "0.22.1",
-    "0.23.0",
-    "0.24.0",
-    "0.25.1",
-    "0.26.0",
-    "0.27.1",
-    "0.28.0",
-    "0.29.0",
-    "0.30.0",
-    "0.31.0",
+    "0.9.1", "0.9.2", "0.10.0", "0.10.1.1", "0.10.2", "0.11.0", "0.11.2", "0.12.0", "0.13.0",
+    "0.14.1", "0.15.1", "0.16.0", "0.17.1", "0.18.0", "0.19.1", "0.20.2", "0.21.0", "0.22.1",
+    "0.23.0", "0.24.0", "0.25.1", "0.26.0", "0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0",
     "0.32.0",
-)
+)  # fmt: skip
 """Tested vLLM releases, oldest first."""
 
-ASCEND_RELEASES: Mapping[str, AscendRelease] = MappingProxyType(
-    {
-        "0.9.1": AscendRelease("0.9.1", "2.5.1.post1"),
-        "0.11.0": AscendRelease("0.11.0", "2.7.1"),
-        "0.13.0": AscendRelease("0.13.0", "2.8.0.post2"),
-        "0.18.0": AscendRelease("0.18.0", "2.9.0"),
-        "0.23.0": AscendRelease("0.23.0", "2.10.0.post4"),
-    }
-)
+ASCEND_RELEASES: Mapping[str, AscendRelease] = MappingProxyType({
+    "0.9.1": AscendRelease("0.9.1", "2.5.1.post1"),
+    "0.11.0": AscendRelease("0.11.0", "2.7.1"),
+    "0.13.0": AscendRelease("0.13.0", "2.8.0.post2"),
+    "0.18.0": AscendRelease("0.18.0", "2.9.0"),
+    "0.23.0": AscendRelease("0.23.0", "2.10.0.post4"),
+})  # fmt: skip
 """Tested vllm-ascend releases, oldest first."""
 
 _NUMBERS = re.compile(r"v?(\d+(?:\.\d+)*)(?=$|[^\d])")
@@ -69,11 +41,8 @@ _NUMBERS = re.compile(r"v?(\d+(?:\.\d+)*)(?=$|[^\d])")
 def parse(version: str) -> tuple[int, ...]:
     """Return the release numbers of `version`: `0.11.0rc1`, `0.32.0+cpu`, `0.11.0.post2`.
 
-    Suffixes (rc, dev, post, local) are dropped and so are trailing zeros, hence `0.11`,
-    `0.11.0` and `0.11.0rc1` are one release.
-
-    Raises:
-        ValueError: `version` does not begin with a release number.
+    Suffixes (rc, dev, post, local) and trailing zeros are dropped: `0.11`, `0.11.0` and
+    `0.11.0rc1` are one release. Raises ValueError when `version` begins with no release number.
     """
     found = _NUMBERS.match(version.strip())
     if found is None:

@@ -59,12 +59,6 @@ class Settings:
         }
 
 
-def _flag(value: str) -> bool:
-    if value not in ("0", "1"):
-        raise ValueError
-    return value == "1"
-
-
 def _seconds(value: str) -> float:
     seconds = float(value)
     if not 0 < seconds <= 86400:
@@ -85,17 +79,14 @@ class _Option(NamedTuple):
     accepted: str
 
 
+_flag = {"0": False, "1": True}.__getitem__
 _OPTIONS = (
     _Option("debug", DEBUG, _flag, "are 0 and 1: set one of these"),
     _Option("skip_version_check", SKIP_VERSION_CHECK, _flag, "are 0 and 1: set one of these"),
-    _Option(
-        "handshake_seconds", HANDSHAKE_SECONDS, _seconds,
-        "is a number of seconds above 0 and up to 86400: set one",
-    ),
-    _Option(
-        "weight_gather_rows", WEIGHT_GATHER_ROWS, _rows,
-        "are 0 (never gather weights) and a number of rows: set one",
-    ),
+    _Option("handshake_seconds", HANDSHAKE_SECONDS, _seconds,
+            "is a number of seconds above 0 and up to 86400: set one"),
+    _Option("weight_gather_rows", WEIGHT_GATHER_ROWS, _rows,
+            "are 0 (never gather weights) and a number of rows: set one"),
 )  # fmt: skip
 
 
@@ -105,10 +96,8 @@ def parse_size(text: str) -> tuple[int, bool]:
     Raises OprojValueError (a ValueError) for anything but an integer >= 0 or `auto`.
     """
     value = text.strip()
-    if value == "auto":
-        return 0, True
-    if value == "":
-        return 0, False
+    if value in ("auto", ""):
+        return 0, value == "auto"
     # int() alone would take "1_0", "+4" and non-ASCII digits.
     if not (value.isascii() and value.isdigit()) or len(value) > 6:
         raise OprojValueError(
@@ -116,8 +105,7 @@ def parse_size(text: str) -> tuple[int, bool]:
             f"{TOGGLE} is {text!r}; accepted are 0 or 1 (off), an integer group size of 2 or "
             "more, or auto: set one of these or unset the variable.",
         )
-    size = int(value)
-    return (size, False) if size > 1 else (0, False)
+    return (int(value) if int(value) > 1 else 0), False
 
 
 def read(environ: Mapping[str, str] | None = None) -> Settings:
@@ -201,9 +189,7 @@ def _merge_size(settings: Settings, name: str, value: Any) -> Settings:
 def _parsed(option: _Option, name: str, text: str, shown: Any = None) -> Any:
     try:
         return option.parse(text)
-    except ValueError:
-        raise OprojValueError(
-            "OPROJ002",
-            f"{name} is {text if shown is None else shown!r}; accepted "
-            f"{option.accepted} or unset it.",
-        ) from None
+    except (ValueError, KeyError):
+        found = text if shown is None else shown
+        told = f"{name} is {found!r}; accepted {option.accepted} or unset it."
+        raise OprojValueError("OPROJ002", told) from None

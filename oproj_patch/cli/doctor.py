@@ -31,7 +31,7 @@ from ..hosts.seam import Seam, resolve
 from ..sharding import topology
 
 if TYPE_CHECKING:  # it imports torch
-    from ..hosts.host import Host
+    from ..hosts.vllm import Vllm
 
 State = Literal["ok", "note", "unknown", "problem"]
 
@@ -80,13 +80,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--data-parallel-size 8",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "command",
-        nargs=argparse.REMAINDER,
-        metavar="-- COMMAND",
-        help="what would be run: [NAME=value ...] vllm serve ..., or python -m "
-        "vllm.entrypoints.openai.api_server ...",
-    )
+    told = "what would be run: [NAME=value ...] vllm serve ..., or python -m "
+    told += "vllm.entrypoints.openai.api_server ..."
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help=told)
     parser.set_defaults(func=run)
 
 
@@ -103,26 +99,23 @@ def run(args: argparse.Namespace) -> int:
     with _quiet():
         report = diagnose(server)
     dumb = os.environ.get("TERM") == "dumb" or bool(os.environ.get("NO_COLOR"))
-    print(
-        json.dumps(asdict(report), indent=2)
-        if args.json
-        else format_report(report, color=sys.stdout.isatty() and not dumb)
-    )
+    text = format_report(report, color=sys.stdout.isatty() and not dumb)
+    print(json.dumps(asdict(report), indent=2) if args.json else text)
     return 0 if report.activates else 1
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Within it nothing that the host prints, from Python or not, reaches the terminal."""
-    kept = os.dup(1), os.dup(2)
+    kept = {stream: os.dup(stream) for stream in (1, 2)}
     with open(os.devnull, "wb") as null:
-        os.dup2(null.fileno(), 1)
-        os.dup2(null.fileno(), 2)
+        for stream in kept:
+            os.dup2(null.fileno(), stream)
     try:
         yield
     finally:
         sys.stdout.flush()
-        for stream, descriptor in enumerate(kept, 1):
+        for stream, descriptor in kept.items():
             os.dup2(descriptor, stream)
             os.close(descriptor)
 
@@ -223,46 +216,39 @@ def _split(command: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 # --- the checks: each returns what it found, or raises what is wrong -----------------------------
 
 
-class _Problem(Exception):
-    """What keeps the shim from being active, where no error of the package says it."""
-
-
 def _look(check: str, function: Callable[..., Finding | str], *args: Any) -> Finding:
     try:
         found = function(*args)
     except OprojError as error:
         return Finding(check, "problem", error.sentence, error.code)
-    except _Problem as problem:
-        return Finding(check, "problem", str(problem))
     return Finding(check, "ok", found) if isinstance(found, str) else found
 
 
-def _toggle() -> str:
+def _toggle() -> Finding | str:
     value = os.environ.get(settings.TOGGLE)
     shown = f"{settings.TOGGLE}={value}" if value is not None else f"{settings.TOGGLE} is not set"
     read = settings.read()
     if not read.enabled:
-        raise _Problem(
-            f"{shown}: off. Set it to the group size (2 or more), or to auto, in the environment "
-            "of every vLLM process."
-        )
+        text = "off. Set it to the group size (2 or more), or to auto, in the environment of every"
+        return Finding("toggle", "problem", f"{shown}: {text} vLLM process.")
     size = "the size comes from --additional-config" if read.auto else f"group size {read.size}"
     return f"{shown}: on, {size}."
 
 
-def _entry_point() -> str:
+def _entry_point() -> Finding | str:
     points = importlib.metadata.entry_points(group=PLUGIN_GROUP)
     targets = sorted({point.value for point in points if point.name == PLUGIN})
     if targets != [PLUGIN_TARGET]:
         found = f"leads to {', '.join(targets)}" if targets else "is not installed"
-        raise _Problem(
-            f"the entry point {PLUGIN_GROUP}: {PLUGIN} {found}, so the processes that vLLM "
-            "starts do not load oproj_patch: pip install it into the environment of vLLM."
+        text = (
+            f"the entry point {PLUGIN_GROUP}: {PLUGIN} {found}, so the processes that vLLM starts "
+            "do not load oproj_patch: pip install it into the environment of vLLM."
         )
+        return Finding("entry point", "problem", text)
     return f"{PLUGIN_GROUP}: {PLUGIN} = {PLUGIN_TARGET}."
 
 
-def _release(host: Host, wanted: settings.Settings) -> Finding | str:
+def _release(host: Vllm, wanted: settings.Settings) -> Finding | str:
     try:
         host.check_version(replace(wanted, skip_version_check=False))
     except (OprojError, ValueError) as error:
@@ -271,16 +257,15 @@ def _release(host: Host, wanted: settings.Settings) -> Finding | str:
     return f"{host} is in the tested range."
 
 
-def _plugin() -> str:
+def _plugin() -> Finding | str:
     from vllm.plugins import load_plugins_by_group
 
     allowed = os.environ.get("VLLM_PLUGINS")
     shown = "VLLM_PLUGINS is not set" if allowed is None else f"VLLM_PLUGINS={allowed}"
     if PLUGIN not in load_plugins_by_group(PLUGIN_GROUP):
-        raise _Problem(
-            f"{shown}, and vLLM does not load {PLUGIN}: add {PLUGIN} to the variable, "
-            "or import oproj_patch before the engine is created."
-        )
+        remedy = "or import oproj_patch before the engine is created"
+        text = f"{shown}, and vLLM does not load {PLUGIN}: add {PLUGIN} to the variable, {remedy}."
+        return Finding("plugin", "problem", text)
     return f"vLLM loads it in every process ({shown})."
 
 
@@ -291,7 +276,7 @@ def _seam(seam: Seam, host: str) -> Finding | str:
 
 
 def _command(
-    host: Host, server: Sequence[str], wanted: settings.Settings
+    host: Vllm, server: Sequence[str], wanted: settings.Settings
 ) -> tuple[int, list[Finding]]:
     """Make vLLM's configuration from its command line; return the size and what was found."""
     if not server:
@@ -309,39 +294,37 @@ def _command(
     parallel, additional = args, args.additional_config
     if config is not None:
         parallel, additional = config.parallel_config, config.additional_config
-    text = (
-        f"{args.model}: data-parallel size {parallel.data_parallel_size}, tensor-parallel "
-        f"{parallel.tensor_parallel_size}."
-    )
+    sizes = parallel.data_parallel_size, parallel.tensor_parallel_size
+    text = f"{args.model}: data-parallel size {sizes[0]}, tensor-parallel {sizes[1]}."
     if config is None:
-        text += (
-            f" {args.model} is a placeholder or not reachable: the checks that need its "
-            "configuration were left out."
-        )
-    options = [f"{name} is {of[KEY]!r}" for of, name in configured(additional)]
-    shown = f"--additional-config: {', '.join(options)}."
-    findings = [
-        Finding("command", "note" if config is None else "ok", text),
-        Finding("built-in", "note", shown)
-        if options
-        else Finding("built-in", "ok", f"no {KEY} in --additional-config."),
-    ]
+        missing = "the checks that need its configuration were left out"
+        text += f" {args.model} is a placeholder or not reachable: {missing}."
+    found = [Finding("command", "note" if config is None else "ok", text)]
+    options = ", ".join(f"{name} is {of[KEY]!r}" for of, name in configured(additional))
+    text = f"--additional-config: {options}." if options else f"no {KEY} in --additional-config."
+    found.append(Finding("built-in", "note" if options else "ok", text))
     if not wanted.enabled:
-        return 0, findings
+        return 0, found
 
     def refused() -> str:
+        """Raise OprojError as a worker would before it has built a layer, or while it does."""
         from ..hosts.host import resolved
 
         nonlocal wanted
         wanted = resolved(wanted, SimpleNamespace(additional_config=additional))
         if config is None:
-            topology.check_size(wanted.size, parallel.data_parallel_size)
-        else:
-            _refuse(host, config, wanted)
-        return f"nothing in this {'layout' if config is None else 'configuration'} is refused."
+            topology.check_size(wanted.size, sizes[0])
+            return "nothing in this layout is refused."
+        host.check(config, wanted)
+        model = config.model_config.hf_text_config
+        width = getattr(model, "v_head_dim", None) or getattr(model, "head_dim", None)
+        heads = model.num_attention_heads
+        columns = heads * (width or model.hidden_size // heads)
+        topology.check_divisible("o_proj", columns, sizes[1], wanted.size)
+        return "nothing in this configuration is refused."
 
-    findings.append(_look("refusals", refused))
-    return wanted.size, findings
+    found.append(_look("refusals", refused))
+    return wanted.size, found
 
 
 def _configuration(server: Sequence[str]) -> tuple[Any, Any]:
@@ -360,11 +343,9 @@ def _configuration(server: Sequence[str]) -> tuple[Any, Any]:
 
     parser = Parser(prog="vllm")
     serve = ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
-    if server[0] == "serve":
-        args = parser.parse_args(list(server))
-        args.model = getattr(args, "model_tag", None) or args.model
-    else:
-        args = serve.parse_args(list(server[1:]))
+    command = parser if server[0] == "serve" else serve
+    args = command.parse_args(list(server) if command is parser else list(server[1:]))
+    args.model = getattr(args, "model_tag", None) or args.model
     if not _readable(args.model, args.revision):
         return args, None
     return args, AsyncEngineArgs.from_cli_args(args).create_engine_config()
@@ -374,21 +355,7 @@ def _readable(model: str, revision: str | None) -> bool:
     """Return whether vLLM finds the model, on disk or in a hub."""
     from vllm.transformers_utils.config import file_or_path_exists
 
-    if Path(model).exists():
-        return True
-    try:
-        names = ("config.json", "params.json")
-        return any(file_or_path_exists(model, name, revision) for name in names)
-    except Exception:  # of the hub's client: a name that it does not accept, no network
-        return False
-
-
-def _refuse(host: Host, config: Any, wanted: settings.Settings) -> None:
-    """Raise OprojError as a worker would before it has built a layer, or while it builds one."""
-    host.check(config, wanted)
-    text = config.model_config.hf_text_config
-    heads = text.num_attention_heads
-    width = getattr(text, "v_head_dim", None) or getattr(text, "head_dim", None)
-    columns = heads * (width or text.hidden_size // heads)
-    tp = config.parallel_config.tensor_parallel_size
-    topology.check_divisible("o_proj", columns, tp, wanted.size)
+    names = ("config.json", "params.json")
+    with contextlib.suppress(Exception):  # the hub's client: not its kind of name, no network
+        return Path(model).exists() or any(file_or_path_exists(model, n, revision) for n in names)
+    return False

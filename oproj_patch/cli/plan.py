@@ -82,15 +82,9 @@ class ModelShape:
 
 
 def make_plan(
-    model: str,
-    shape: ModelShape,
-    *,
-    dp: int = 32,
-    tp: int = 1,
-    kv_dtype: str = "bf16",
-    batch: int = 24,
-    prefill_rows: Sequence[int] = (4096,),
-) -> dict[str, Any]:
+    model: str, shape: ModelShape, *, dp: int = 32, tp: int = 1, kv_dtype: str = "bf16",
+    batch: int = 24, prefill_rows: Sequence[int] = (4096,),
+) -> dict[str, Any]:  # fmt: skip
     """Compute what `--json` prints: a plan of `shape` on `dp` x `tp` ranks, one row for each N.
 
     batch, prefill_rows: rows of a decode step, and of prefill chunks, on each rank.
@@ -124,39 +118,29 @@ def make_plan(
         kept = held(n, shape.dtypes)
         step = step_bytes(n, width // n, hidden, element_bytes) * layers
         gather = gather_bytes(n, kept)
-        row = {
-            "otp_size": n,
-            "o_proj_bytes_per_rank": kept,
-            "saved_bytes_per_rank": full - kept,
-            "saved_bytes_instance": (full - kept) * dp * tp,
-            "kv_tokens_per_rank": (full - kept) // kv_bytes,
-            "kv_tokens_instance": (full - kept) // kv_bytes * dp,
-            "exchange_bytes_per_token": step,
-            "exchange_bytes_per_step": step * batch,
+        saved, tokens = full - kept, (full - kept) // kv_bytes
+        rows.append({
+            "otp_size": n, "o_proj_bytes_per_rank": kept,
+            "saved_bytes_per_rank": saved, "saved_bytes_instance": saved * dp * tp,
+            "kv_tokens_per_rank": tokens, "kv_tokens_instance": tokens * dp,
+            "exchange_bytes_per_token": step, "exchange_bytes_per_step": step * batch,
             "weight_gather_rows": gather_threshold(gather, step),
             "prefill": [
                 {"rows": count, "exchange_bytes": step * count, "weight_gather_bytes": gather}
                 for count in prefill_rows
             ],
             "mtp_saved_bytes_per_rank": mtp_full - held(n, shape.mtp_dtypes),
-        }
-        rows.append(row)
-    asked = {"model": model, "dp": dp, "tp": tp, "kv_dtype": kv_dtype, "batch": batch}
+        })  # fmt: skip
     return {
-        **asked,
-        "dtype": shape.weight_dtype,
-        "activation_dtype": shape.activation_dtype,
-        "hidden_size": hidden,
-        "o_proj_input": shape.o_proj_input,
-        "num_layers": layers,
-        "mtp_layers": len(shape.mtp_dtypes),
-        "unsharded_bytes_per_rank": full,
-        "mtp_unsharded_bytes_per_rank": mtp_full,
+        "model": model, "dp": dp, "tp": tp, "kv_dtype": kv_dtype, "batch": batch,
+        "dtype": shape.weight_dtype, "activation_dtype": shape.activation_dtype,
+        "hidden_size": hidden, "o_proj_input": shape.o_proj_input,
+        "num_layers": layers, "mtp_layers": len(shape.mtp_dtypes),
+        "unsharded_bytes_per_rank": full, "mtp_unsharded_bytes_per_rank": mtp_full,
         "kv_bytes_per_token": kv_bytes,
         "weight_gather_buffer_bytes": max(held(1, [dtype]) for dtype in set(shape.dtypes)),
-        "notes": list(shape.notes),
-        "rows": rows,
-    }
+        "notes": list(shape.notes), "rows": rows,
+    }  # fmt: skip
 
 
 def format_plan(plan: dict[str, Any]) -> str:
@@ -188,8 +172,7 @@ def format_plan(plan: dict[str, Any]) -> str:
         f"One token of KV cache: {plan['kv_bytes_per_token']:,} B ({plan['kv_dtype']}).",
         "\nMemory",
         table(
-            rows,
-            size,
+            rows, size,
             ("o_proj", "GiB/rank", "o_proj_bytes_per_rank", ".2f", GIB),
             ("saved", "GiB/rank", "saved_bytes_per_rank", ".2f", GIB),
             ("saved", "GiB, all", "saved_bytes_instance", ".1f", GIB),
@@ -198,28 +181,23 @@ def format_plan(plan: dict[str, Any]) -> str:
         ),
         f"\nDecode, bytes sent by a rank ({plan['activation_dtype']} activations)",
         table(
-            rows,
-            size,
+            rows, size,
             ("one token", "MiB", "exchange_bytes_per_token", ".2f", MIB),
             (f"step of {plan['batch']}", "MiB", "exchange_bytes_per_step", ".1f", MIB),
         ),
         "\nPrefill, bytes sent by a rank for one chunk",
         table(
-            [{**row, **cost} for row in rows for cost in row["prefill"]],
-            size,
+            [{**row, **cost} for row in rows for cost in row["prefill"]], size,
             ("rows", "", "rows", ",.0f", 1),
             ("exchange", "GiB", "exchange_bytes", ".2f", GIB),
             ("weight gather", "GiB", "weight_gather_bytes", ".2f", GIB),
             ("gather pays", "from row", "weight_gather_rows", ",.0f", 1),
         ),
         "",
-    ]
+    ]  # fmt: skip
     for note in (*notes, *plan["notes"]):
         lines += textwrap.wrap(f"Note: {note}.", width=79, subsequent_indent="  ")
     return "\n".join(lines)
-
-
-# --- the model's configuration ------------------------------------------------------------------
 
 
 def load_model(model: str, weight_dtype: str | None = None) -> ModelShape:
@@ -250,10 +228,9 @@ def load_model(model: str, weight_dtype: str | None = None) -> ModelShape:
 
 
 def parse_config(
-    config: dict[str, Any],
-    weight_dtype: str | None = None,
+    config: dict[str, Any], weight_dtype: str | None = None,
     beside: dict[str, dict[str, Any]] | None = None,
-) -> ModelShape:
+) -> ModelShape:  # fmt: skip
     """Take a ModelShape from the contents of a `config.json` and of the files `beside` it.
 
     Raises OprojValueError naming the field, the value found and what is accepted.
@@ -306,17 +283,10 @@ def parse_config(
     if text.get("index_head_dim") is not None:
         notes.append("the index cache of sparse attention is not counted in the KV-cache tokens")
     return ModelShape(
-        hidden_size=hidden,
-        num_heads=heads,
-        o_proj_input=heads * v_head_dim,
-        kv_heads=kv_heads,
-        kv_width=kv_width,
-        dtypes=tuple(dtypes[:layers]),
-        mtp_dtypes=tuple(dtypes[layers:]),
-        activation_dtype=plain,
-        block=block,
-        notes=tuple(notes),
-    )
+        hidden_size=hidden, num_heads=heads, o_proj_input=heads * v_head_dim,
+        kv_heads=kv_heads, kv_width=kv_width, activation_dtype=plain, block=block,
+        dtypes=tuple(dtypes[:layers]), mtp_dtypes=tuple(dtypes[layers:]), notes=tuple(notes),
+    )  # fmt: skip
 
 
 def _integer(config: dict[str, Any], name: str, default: int | None = None, least: int = 1) -> int:
@@ -329,17 +299,11 @@ def _integer(config: dict[str, Any], name: str, default: int | None = None, leas
     return value
 
 
-# --- the data type of each o_proj ---------------------------------------------------------------
-
 # Data type, and how many input columns share a scale.
 _MODELOPT_ALGORITHMS = {
-    "FP8": ("fp8", 1),
-    "FP8_PER_CHANNEL_PER_TOKEN": ("fp8", 1),
-    "FP8_PB_WO": ("fp8", 128),
-    "MXFP8": ("fp8", 32),
-    "NVFP4": ("fp4", 16),
-    "W4A16_NVFP4": ("fp4", 16),
-}
+    "FP8": ("fp8", 1), "FP8_PER_CHANNEL_PER_TOKEN": ("fp8", 1), "FP8_PB_WO": ("fp8", 128),
+    "MXFP8": ("fp8", 32), "NVFP4": ("fp4", 16), "W4A16_NVFP4": ("fp4", 16),
+}  # fmt: skip
 
 
 def _quantization(
@@ -369,10 +333,7 @@ _EXCLUSIONS: dict[str, tuple[tuple[str, ...], Callable[[str, str], bool]]] = {
     "fbgemm_fp8": (("modules_to_not_convert",), operator.eq),
     "compressed-tensors": (("ignore",), _equal_or_regex),
     "awq": (("modules_to_not_convert",), lambda entry, name: entry in name),
-    "modelopt": (
-        ("ignore", "exclude_modules"),
-        lambda entry, name: entry in name or fnmatch(name, entry),
-    ),
+    "modelopt": (("ignore", "exclude_modules"), lambda e, name: e in name or fnmatch(name, e)),
 }
 _LISTS = {key for keys, _ in _EXCLUSIONS.values() for key in keys}
 
@@ -465,9 +426,6 @@ def _doubts(
             return
 
 
-# --- the command --------------------------------------------------------------------------------
-
-
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register the `plan` command; its `func` default is `run`."""
     parser = subparsers.add_parser(
@@ -479,22 +437,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     models = f"a directory, a config.json, or one of {', '.join(BUILTIN_MODELS)}"
     parser.add_argument("model", metavar="MODEL", help=models)
+    add = parser.add_argument
     for name, default, about in (
         ("--dp", 32, "data-parallel ranks"),
         ("--tp", 1, "tensor-parallel ranks"),
         ("--batch", 24, "rows of a decode step on each rank"),
     ):
-        about = f"{about} (default: {default})"
-        parser.add_argument(name, type=_positive, default=default, help=about)
-    about = "rows of a prefill chunk on each rank (default: 4096)"
-    parser.add_argument(
-        "--prefill-rows", type=_positive, nargs="+", default=[4096], metavar="ROWS", help=about
-    )
-    about = "data type of the o_proj weight (default: what the configuration says)"
-    parser.add_argument("--dtype", choices=list(WEIGHT_BITS), help=about)
-    about = "data type of the KV cache (default: bf16)"
-    parser.add_argument("--kv-dtype", choices=("bf16", "fp8", "int8"), default="bf16", help=about)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+        add(name, type=_positive, default=default, help=f"{about} (default: {default})")
+    add("--prefill-rows", type=_positive, nargs="+", default=[4096], metavar="ROWS",
+        help="rows of a prefill chunk on each rank (default: 4096)")  # fmt: skip
+    add("--dtype", choices=list(WEIGHT_BITS),
+        help="data type of the o_proj weight (default: what the configuration says)")  # fmt: skip
+    add("--kv-dtype", choices=("bf16", "fp8", "int8"), default="bf16",
+        help="data type of the KV cache (default: bf16)")  # fmt: skip
+    add("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(func=run)
 
 

@@ -8,10 +8,10 @@ from .._version import __version__
 
 TYPE_CHECKING = False  # type checkers take this name for true; importing `typing` costs time
 if TYPE_CHECKING:
-    from .host import Host
+    from .vllm import Vllm
 
 
-def detect() -> Host:
+def detect() -> Vllm:
     """Return the host of this process. vLLM has been imported by then."""
     from vllm.platforms import current_platform
 

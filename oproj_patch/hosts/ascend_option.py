@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import OprojError
 from ..settings import CONFIG_KEY, TOGGLE, Settings
+from . import distribution
 from .seam import Installed, Seam, install, undo
 
 CONFIG = "vllm_ascend.ascend_config"
@@ -27,10 +28,8 @@ def configured(additional_config: Any) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield (dictionary that holds the option, its full name) for each place where it is set."""
     if not isinstance(additional_config, dict):
         return
-    for holder, name in (
-        (additional_config, KEY),
-        (additional_config.get(NESTED), f"{NESTED}.{KEY}"),
-    ):
+    places = {KEY: additional_config, f"{NESTED}.{KEY}": additional_config.get(NESTED)}
+    for name, holder in places.items():
         if isinstance(holder, dict) and holder.get(KEY):
             yield holder, name
 
@@ -67,27 +66,22 @@ def seam(settings: Settings) -> Seam:
         with _out_of_sight(vllm_config.additional_config, settings):
             wrapped(*args, **kwargs)
 
-    return Seam(
-        CONFIG,
-        "AscendConfig.__init__",
-        constructed,
-        "serve vllm-ascend's own o_proj option, or refuse it beside a number",
-        parameters=("vllm_config",),
-    )
+    why = "serve vllm-ascend's own o_proj option, or refuse it beside a number"
+    return Seam(CONFIG, "AscendConfig.__init__", constructed, why, ("vllm_config",))
 
 
-def watch(settings: Settings, host: Callable[[], str]) -> Callable[[], None]:
+def watch(settings: Settings) -> Callable[[], None]:
     """Wrap `AscendConfig.__init__`, now or on import; return the undo.
 
-    host: tells name and version, for the sentence of an error. The wrapping raises OprojError
-    when the constructor is not as expected.
+    The wrapping raises OprojError when the constructor is not as expected.
     """
     patched: list[Installed] = []
     watching = [True]
 
     def patch(_: Any) -> None:
         if watching:
-            patched.extend(install([seam(settings)], host()))
+            version = distribution("vllm-ascend", "vllm_ascend") or "unknown"
+            patched.extend(install([seam(settings)], f"vllm-ascend {version}"))
 
     if CONFIG in sys.modules:
         patch(None)
@@ -99,7 +93,6 @@ def watch(settings: Settings, host: Callable[[], str]) -> Callable[[], None]:
     def stop() -> None:
         watching.clear()
         undo(patched)
-        patched.clear()
 
     return stop
 

@@ -1,8 +1,7 @@
-"""What every host offers: its seams, its refusals, what it tells of a pass; the version gate."""
+"""What the hosts have in common: their versions, the version gate, the resolved settings."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,6 @@ from ..errors import OprojError
 from ..settings import SKIP_VERSION_CHECK, TOGGLE, Settings, merge
 from ..sharding.rows import HostPass
 from . import ascend_option
-from .seam import Seam
 
 
 class Host(HostPass):
@@ -44,22 +42,6 @@ class Host(HostPass):
                 f"{problem}; install a tested release, or set {SKIP_VERSION_CHECK}=1 to try this "
                 f"one after its symbols have been checked, or unset {TOGGLE}.",
             )
-
-    @abstractmethod
-    def seams(self) -> tuple[Seam, ...]:
-        """Return what is patched, group creation excepted, which `activation` wraps."""
-
-    @abstractmethod
-    def check(self, config: Any, settings: Settings) -> None:
-        """Raise OprojError for a VllmConfig that cannot be served."""
-
-    @abstractmethod
-    def graph_rows(self, config: Any) -> int:
-        """Return the largest row count for which a device graph may be captured; 0: none is."""
-
-    @abstractmethod
-    def agreed(self, config: Any) -> dict[str, str]:
-        """Return what of the host's configuration must be equal on all ranks."""
 
 
 def resolved(settings: Settings, config: Any) -> Settings:

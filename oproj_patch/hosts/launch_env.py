@@ -49,8 +49,6 @@ def add_to_ray(environ: MutableMapping[str, str]) -> Callable[[], None]:
         # By name, because others may have added theirs since.
         for name in set(added).intersection(names):
             names.remove(name)
-        if not ours:
-            return
         left = [name for name in environ.get(RAY_EXTRA, "").split(",") if name not in ours]
         if any(left) or before is not None:
             environ[RAY_EXTRA] = ",".join(left)

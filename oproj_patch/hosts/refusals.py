@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .. import releases
@@ -26,8 +25,10 @@ class Facts(NamedTuple):
     ascend: Any = None
 
 
-@dataclass(frozen=True)
-class Rule:
+Found = Callable[[Facts], "object | None"]
+
+
+class Rule(NamedTuple):
     """One feature that cannot be combined with a sharded o_proj.
 
     option: how the user asked for it; why: the reason, as the end of a sentence.
@@ -38,8 +39,8 @@ class Rule:
     """
 
     option: str
+    found: Found
     why: str
-    found: Callable[[Facts], object | None]
     host: str = "vllm"
     since: str = ""
     until: str = ""
@@ -53,23 +54,19 @@ def of(config: Any, *path: str) -> Any:
     return config
 
 
-def _more_than_one(name: str) -> Callable[[Facts], object | None]:
-    def found(facts: Facts) -> object | None:
-        size = of(facts.vllm, "parallel_config", name) or 1
-        return size if size > 1 else None
-
-    return found
+def _more_than_one(name: str) -> Found:
+    return lambda facts: n if (n := of(facts.vllm, "parallel_config", name) or 1) > 1 else None
 
 
-def _set(*path: str) -> Callable[[Facts], object | None]:
+def _set(*path: str) -> Found:
     return lambda facts: of(facts.vllm, *path) or None
 
 
-def _given(*path: str) -> Callable[[Facts], object | None]:
+def _given(*path: str) -> Found:
     return lambda facts: "given" if of(facts.vllm, *path) is not None else None
 
 
-def _loads_by(*formats: str) -> Callable[[Facts], object | None]:
+def _loads_by(*formats: str) -> Found:
     def found(facts: Facts) -> object | None:
         value = of(facts.vllm, "load_config", "load_format")
         name = str(getattr(value, "value", value)).lower()  # an enumeration before vLLM 0.10
@@ -78,15 +75,7 @@ def _loads_by(*formats: str) -> Callable[[Facts], object | None]:
     return found
 
 
-def _quantized_by(*names: str) -> Callable[[Facts], object | None]:
-    def found(facts: Facts) -> object | None:
-        name = of(facts.vllm, "model_config", "quantization")
-        return name if name in names else None
-
-    return found
-
-
-def _architecture(*prefixes: str) -> Callable[[Facts], object | None]:
+def _architecture(*prefixes: str) -> Found:
     def found(facts: Facts) -> object | None:
         names = of(facts.vllm, "model_config", "hf_config", "architectures") or []
         return next((name for name in names if name.startswith(prefixes)), None)
@@ -94,10 +83,17 @@ def _architecture(*prefixes: str) -> Callable[[Facts], object | None]:
     return found
 
 
+def _variable(name: str) -> Found:
+    return lambda _: value if (value := os.environ.get(name, "")) not in ("", "0") else None
+
+
 def _kimi_k3_with_tp(facts: Facts) -> object | None:
-    if _more_than_one("tensor_parallel_size")(facts) is None:
-        return None
-    return _architecture("KimiK3")(facts)
+    return _more_than_one("tensor_parallel_size")(facts) and _architecture("KimiK3")(facts)
+
+
+def _quantized_outside(facts: Facts) -> object | None:
+    name = of(facts.vllm, "model_config", "quantization")
+    return name if name in ("bitsandbytes", "gguf") else None
 
 
 def _first_engine(_: Facts) -> object | None:
@@ -114,14 +110,6 @@ def _async_eplb(facts: Facts) -> object | None:
     backend = str(of(parallel, "all2all_backend"))
     on = of(parallel, "enable_eplb") and of(parallel, "eplb_config", "use_async")
     return backend if on and backend.startswith("deepep") else None
-
-
-def _variable(name: str) -> Callable[[Facts], object | None]:
-    def found(_: Facts) -> object | None:
-        value = os.environ.get(name, "0")
-        return value if value not in ("", "0") else None
-
-    return found
 
 
 def torchair(ascend: Any) -> Any:
@@ -161,160 +149,76 @@ def _o_proj_sharded(facts: Facts) -> object | None:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule(
-        "--decode-context-parallel-size",
-        "its ranks share one request's cache inside the tensor-parallel group, and the o_proj "
-        "input they produce has not been verified with a sharded o_proj",
-        _more_than_one("decode_context_parallel_size"),
-    ),
-    Rule(
-        "--prefill-context-parallel-size",
-        "it adds a dimension to the rank layout in which rows differ between ranks that the "
-        "otp group takes for equal",
-        _more_than_one("prefill_context_parallel_size"),
-    ),
-    Rule(
-        "--enable-elastic-ep",
-        "its data-parallel ranks come and go in stateless groups, and a shard of the weight "
-        "would go with them",
-        _set("parallel_config", "enable_elastic_ep"),
-    ),
-    Rule(
-        "--enable-fault-tolerance",
-        "its retry builds vLLM's process groups anew and not the otp group",
-        _set("parallel_config", "enable_fault_tolerance"),
-    ),
-    Rule(
-        "asynchronous EPLB with --all2all-backend",
-        "DeepEP then allows no other collective of the device in a forward pass",
-        _async_eplb,
-    ),
-    Rule(
-        "--enable-dbo",
-        "two halves of a batch run in two threads, whose steps could meet in either order",
-        _set("parallel_config", "enable_dbo"),
-    ),
-    Rule(
-        "--ubatch-size",
-        "the parts of a batch run in threads, whose steps could meet in either order",
-        _more_than_one("ubatch_size"),
-    ),
-    Rule(
-        "--enable-lora",
-        "vLLM's LoRA layer bypasses the o_proj layer's own forward",
-        _given("lora_config"),
-    ),
-    Rule(
-        "--load-format",
-        "this loader names its files, or finds its tensors, by tensor-parallel rank only, so "
-        "data-parallel ranks with different shards would share them",
-        _loads_by("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache"),
-    ),
-    Rule(
-        "--load-format",
-        "weights are handed over between instances by a package outside vLLM, which has not been "
-        "verified with a sharded o_proj",
-        _loads_by("modelexpress"),
-    ),
-    Rule(
-        "--load-format",
-        "this loader cuts weights by itself, by tensor-parallel rank only",
-        _loads_by("bitsandbytes"),
-    ),
-    Rule(
-        "--quantization",
-        "its weights are cut, or made, outside the layer's own weight loader",
-        _quantized_by("bitsandbytes", "gguf"),
-    ),
-    Rule(
-        "the quantization's transform_config",
-        "its transforms mix all input columns of a layer and cannot be cut",
-        lambda facts: "given" if of(facts.vllm, "quant_config", "transform_config") else None,
-    ),
-    Rule(
-        "the model architecture",
-        "its output projection is wo_a and wo_b, not an o_proj",
-        _architecture("DeepseekV4", "DeepSeekV4"),
-        remedy="unset the variable for this model",
-    ),
-    Rule(
-        "--tensor-parallel-size above 1 with the model architecture",
-        "a fused kernel of this model reads o_proj's weight past the layer's forward",
-        _kimi_k3_with_tp,
-    ),
-    Rule(
-        "speculative_config.num_speculative_tokens_per_batch_size",
-        "a rank drafts as many tokens as its own batch asks for, so ranks would run the drafter a "
-        "different number of times",
-        _given("speculative_config", "num_speculative_tokens_per_batch_size"),
-        since="0.24.0",
-        until="0.25.1",
-        remedy="use num_speculative_tokens alone, or vLLM 0.26 or later",
-    ),
-    Rule(
-        "VLLM_USE_V1",
-        "vLLM's first engine does not run data-parallel ranks in lock step",
-        _first_engine,
-        until="0.10.2",
-        remedy="set VLLM_USE_V1=1, or unset the variable",
-    ),
-    Rule(
-        "additional_config.xlite_graph_config.enabled",
-        "its kernels read the whole o_proj weight",
-        lambda facts: of(facts.ascend, "xlite_graph_config", "enabled") or None,
-        host="vllm-ascend",
-    ),
-    Rule(
-        "additional_config.layer_sharding",
-        "both shard o_proj, or switch its weights",
-        _o_proj_sharded,
-        host="vllm-ascend",
-        remedy="take o_proj out of the list, or unset the variable",
-    ),
-    Rule(
-        "VLLM_USE_V2_MODEL_RUNNER",
-        "the second model runner of vllm-ascend does not synchronize its graphs across ranks",
-        _variable("VLLM_USE_V2_MODEL_RUNNER"),
-        host="vllm-ascend",
-        remedy="unset one of the two",
-    ),
-    Rule(
-        "VLLM_ASCEND_ENABLE_DBO",
-        "its two micro-batches run o_proj on two streams at once",
-        _variable("VLLM_ASCEND_ENABLE_DBO"),
-        host="vllm-ascend",
-        remedy="unset one of the two",
-    ),
-    Rule(
-        "its ACL graphs",
-        "each rank pads its rows and chooses its graph by itself there, so graphs of different "
-        "sizes would meet",
-        _own_graphs,
-        host="vllm-ascend",
-        since="0.9.1",
-        until="0.9.1",
-        remedy="use --enforce-eager, torchair_graph_config.enabled for DeepSeek models, or "
-        "vllm-ascend 0.11.0 or later",
-    ),
-    Rule(
-        "cudagraph_mode",
-        "ranks do not agree on a full graph there",
-        _full_graphs,
-        host="vllm-ascend",
-        since="0.11.0",
-        until="0.11.0",
-        remedy="use PIECEWISE or NONE, or vllm-ascend 0.13.0 or later",
-    ),
-    Rule(
-        "additional_config.enable_shared_expert_dp with torchair",
-        "ranks do not synchronize at all then",
-        _shared_experts,
-        host="vllm-ascend",
-        since="0.11.0",
-        until="0.11.0",
-        remedy="disable one of the two",
-    ),
-)
+    Rule("--decode-context-parallel-size", _more_than_one("decode_context_parallel_size"),
+         "its ranks share one request's cache inside the tensor-parallel group, and the o_proj "
+         "input they produce has not been verified with a sharded o_proj"),
+    Rule("--prefill-context-parallel-size", _more_than_one("prefill_context_parallel_size"),
+         "it adds a dimension to the rank layout in which rows differ between ranks that the "
+         "otp group takes for equal"),
+    Rule("--enable-elastic-ep", _set("parallel_config", "enable_elastic_ep"),
+         "its data-parallel ranks come and go in stateless groups, and a shard of the weight "
+         "would go with them"),
+    Rule("--enable-fault-tolerance", _set("parallel_config", "enable_fault_tolerance"),
+         "its retry builds vLLM's process groups anew and not the otp group"),
+    Rule("asynchronous EPLB with --all2all-backend", _async_eplb,
+         "DeepEP then allows no other collective of the device in a forward pass"),
+    Rule("--enable-dbo", _set("parallel_config", "enable_dbo"),
+         "two halves of a batch run in two threads, whose steps could meet in either order"),
+    Rule("--ubatch-size", _more_than_one("ubatch_size"),
+         "the parts of a batch run in threads, whose steps could meet in either order"),
+    Rule("--enable-lora", _given("lora_config"),
+         "vLLM's LoRA layer bypasses the o_proj layer's own forward"),
+    Rule("--load-format",
+         _loads_by("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache"),
+         "this loader names its files, or finds its tensors, by tensor-parallel rank only, so "
+         "data-parallel ranks with different shards would share them"),
+    Rule("--load-format", _loads_by("modelexpress"),
+         "weights are handed over between instances by a package outside vLLM, which has not been "
+         "verified with a sharded o_proj"),
+    Rule("--load-format", _loads_by("bitsandbytes"),
+         "this loader cuts weights by itself, by tensor-parallel rank only"),
+    Rule("--quantization", _quantized_outside,
+         "its weights are cut, or made, outside the layer's own weight loader"),
+    Rule("the quantization's transform_config",
+         lambda facts: "given" if of(facts.vllm, "quant_config", "transform_config") else None,
+         "its transforms mix all input columns of a layer and cannot be cut"),
+    Rule("the model architecture", _architecture("DeepseekV4", "DeepSeekV4"),
+         "its output projection is wo_a and wo_b, not an o_proj",
+         remedy="unset the variable for this model"),
+    Rule("--tensor-parallel-size above 1 with the model architecture", _kimi_k3_with_tp,
+         "a fused kernel of this model reads o_proj's weight past the layer's forward"),
+    Rule("speculative_config.num_speculative_tokens_per_batch_size",
+         _given("speculative_config", "num_speculative_tokens_per_batch_size"),
+         "a rank drafts as many tokens as its own batch asks for, so ranks would run the drafter a "
+         "different number of times", since="0.24.0", until="0.25.1",
+         remedy="use num_speculative_tokens alone, or vLLM 0.26 or later, or unset the variable"),
+    Rule("VLLM_USE_V1", _first_engine,
+         "vLLM's first engine does not run data-parallel ranks in lock step",
+         until="0.10.2", remedy="set VLLM_USE_V1=1, or unset the variable"),
+    Rule("additional_config.xlite_graph_config.enabled",
+         lambda facts: of(facts.ascend, "xlite_graph_config", "enabled") or None,
+         "its kernels read the whole o_proj weight", host="vllm-ascend"),
+    Rule("additional_config.layer_sharding", _o_proj_sharded,
+         "both shard o_proj, or switch its weights", host="vllm-ascend",
+         remedy="take o_proj out of the list, or unset the variable"),
+    Rule("VLLM_USE_V2_MODEL_RUNNER", _variable("VLLM_USE_V2_MODEL_RUNNER"),
+         "the second model runner of vllm-ascend does not synchronize its graphs across ranks",
+         host="vllm-ascend", remedy="unset one of the two"),
+    Rule("VLLM_ASCEND_ENABLE_DBO", _variable("VLLM_ASCEND_ENABLE_DBO"),
+         "its two micro-batches run o_proj on two streams at once",
+         host="vllm-ascend", remedy="unset one of the two"),
+    Rule("its ACL graphs", _own_graphs,
+         "each rank pads its rows and chooses its graph by itself there, so graphs of different "
+         "sizes would meet", host="vllm-ascend", since="0.9.1", until="0.9.1",
+         remedy="use --enforce-eager, torchair_graph_config.enabled for DeepSeek models, or "
+         "vllm-ascend 0.11.0 or later"),
+    Rule("cudagraph_mode", _full_graphs, "ranks do not agree on a full graph there",
+         host="vllm-ascend", since="0.11.0", until="0.11.0",
+         remedy="use PIECEWISE or NONE, or vllm-ascend 0.13.0 or later"),
+    Rule("additional_config.enable_shared_expert_dp with torchair", _shared_experts,
+         "ranks do not synchronize at all then", host="vllm-ascend", since="0.11.0",
+         until="0.11.0", remedy="disable one of the two"),
+)  # fmt: skip
 
 
 def check(facts: Facts, settings: Settings, host: str, version: str, graph_rows: int) -> None:
@@ -324,25 +228,26 @@ def check(facts: Facts, settings: Settings, host: str, version: str, graph_rows:
     graph_rows: largest row count for which a device graph may be captured.
     Raises OprojError (OprojValueError where a value of ours is at fault).
     """
-    _dense(facts.vllm)
+    model = of(facts.vllm, "model_config")
+    if model is not None and not is_moe(model):
+        raise OprojError(
+            "OPROJ004",
+            f"{TOGGLE} is set, but {getattr(model, 'model', 'the model')} is a dense model: its "
+            "data-parallel ranks run independently of each other and cannot share an o_proj; "
+            "accepted are mixture-of-experts models: unset the variable for this model.",
+        )
     for rule in RULES:
-        if rule.host == "vllm-ascend" and (
-            host != rule.host or not releases.applies(version, rule.since, rule.until)
-        ):
-            continue
-        value = rule.found(facts)
+        of_ascend = host == rule.host == "vllm-ascend"
+        of_ascend = of_ascend and releases.applies(version, rule.since, rule.until)
+        value = rule.found(facts) if rule.host == "vllm" or of_ascend else None
         if value is not None:
-            of_release = f" of vllm-ascend {version}" if rule.until and rule.host == host else ""
+            of_release = f" of vllm-ascend {version}" if of_ascend and rule.until else ""
             raise OprojError(
                 "OPROJ015",
                 f"{TOGGLE} is {settings.size}, and {rule.option}{of_release} is {value}: "
                 f"{rule.why}; {rule.remedy}.",
             )
     topology.check_size(settings.size, of(facts.vllm, "parallel_config", "data_parallel_size"))
-    _graphs(settings, graph_rows)
-
-
-def _graphs(settings: Settings, graph_rows: int) -> None:
     rows = settings.weight_gather_rows
     if rows and rows <= graph_rows:
         raise OprojError(
@@ -358,18 +263,6 @@ def _graphs(settings: Settings, graph_rows: int) -> None:
             "rows: a rank that replays a graph cannot compare its place with the others; use "
             "--enforce-eager, or unset OPROJ_PATCH_DEBUG.",
         )
-
-
-def _dense(vllm_config: Any) -> None:
-    model = getattr(vllm_config, "model_config", None)
-    if model is None or is_moe(model):
-        return
-    raise OprojError(
-        "OPROJ004",
-        f"{TOGGLE} is set, but {getattr(model, 'model', 'the model')} is a dense model: its "
-        "data-parallel ranks run independently of each other and cannot share an o_proj; "
-        "accepted are mixture-of-experts models: unset the variable for this model.",
-    )
 
 
 def is_moe(model_config: Any) -> bool:

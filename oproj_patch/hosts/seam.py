@@ -86,7 +86,9 @@ def resolve(seam: Seam, host: str) -> tuple[Any, str, Any] | None:
         module = importlib.import_module(seam.module)
         parent, attribute, original = wrapt.resolve_path(module, seam.path)
     except (ModuleNotFoundError, AttributeError) as error:
-        if not seam.required and _is_absent(error, seam):
+        # Is the symbol itself absent, or something that its module failed to import?
+        name = error.name if isinstance(error, ModuleNotFoundError) else seam.module
+        if not seam.required and name and f"{seam.module}.".startswith(f"{name}."):
             return None
         raise _drift(seam, host, f"cannot be found ({type(error).__name__}: {error})") from error
     function = inspect.unwrap(getattr(parent, attribute))
@@ -129,18 +131,8 @@ def undo(installed: Sequence[Installed]) -> None:
     """Put the originals back, last first; say so where another plugin's wrapper stays."""
     left = [entry.seam.symbol for entry in reversed(installed) if not entry.undo()]
     if left:
-        _log.warning(
-            "%s: another wrapper was put on after oproj_patch's, so oproj_patch's stays there "
-            "and passes through.",
-            ", ".join(left),
-        )
-
-
-def _is_absent(error: Exception, seam: Seam) -> bool:
-    """Tell whether the symbol itself is absent, and not something its module failed to import."""
-    if isinstance(error, ModuleNotFoundError):
-        return bool(error.name) and f"{seam.module}.".startswith(f"{error.name}.")
-    return True
+        told = "another wrapper was put on after oproj_patch's, so oproj_patch's stays there and"
+        _log.warning("%s: %s passes through.", ", ".join(left), told)
 
 
 def _drift(seam: Seam, host: str, what: str) -> OprojError:

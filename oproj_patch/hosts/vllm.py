@@ -21,13 +21,14 @@ from ..sharding import metrics, otp_group
 from ..sharding.otp_group import Counts, OtpGroup
 from . import refusals
 from .host import Host
-from .refusals import Facts
 from .seam import Seam
 
 LINEAR = "vllm.model_executor.layers.linear"
 DEEPSEEK = "vllm.model_executor.models.deepseek_v2"
 LOADERS = "vllm.model_executor.model_loader"
-RUNNER = "vllm.v1.worker.gpu_model_runner"
+SAVERS = (
+    ("sharded_state_loader", "ShardedStateLoader"), ("tensorizer_loader", "TensorizerLoader"),
+)  # fmt: skip
 
 
 class Vllm(Host):
@@ -38,8 +39,7 @@ class Vllm(Host):
     _counts: Counts | None = None
 
     def seams(self) -> tuple[Seam, ...]:
-        constructed = linear_constructed(self)
-        attention = "check that DeepSeek's attention got a sharded o_proj"
+        """Return what is patched, group creation excepted, which `activation` wraps."""
 
         def model_built(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
             config = inspect.signature(wrapped).bind(*args, **kwargs).arguments["vllm_config"]
@@ -59,62 +59,36 @@ class Vllm(Host):
             salted = f"{digest}/oproj_patch/{__version__}/{self.settings.shared()}"
             return hashlib.sha256(salted.encode()).hexdigest()[: len(digest)]
 
+        attention = "check that DeepSeek's attention got a sharded o_proj", ("prefix",)
         return (
-            Seam(
-                LINEAR,
-                "RowParallelLinear.__init__",
-                constructed,
-                "make an o_proj a sharded layer before its weights exist",
-                ("input_size", "output_size", "quant_config", "prefix"),
-            ),
-            Seam(
-                DEEPSEEK, "DeepseekV2MLAAttention.__init__", attention_built, attention,
-                ("prefix",),
-            ),
-            Seam(
-                DEEPSEEK, "DeepseekV2Attention.__init__", attention_built, attention, ("prefix",)
-            ),
-            Seam(
-                f"{LOADERS}.base_loader",
-                "initialize_model",
-                model_built,
-                "refuse a model in which no o_proj was sharded; only this function is called by "
-                "every loader before loading",
-                ("vllm_config",),
-            ),
-            Seam(
-                "vllm.config",
-                "VllmConfig.compute_hash",
-                config_hashed,
-                "give compiled graphs and memory plans of each setting their own cache key",
-                ("self",),
-            ),
-            *(
-                Seam(
-                    f"{LOADERS}.{module}",
-                    f"{loader}.save_model",
-                    refuse_to_save,
-                    "refuse files that are named by tensor-parallel rank only",
-                    ("model",),
-                    required=False,
-                )
-                for module, loader in (
-                    ("sharded_state_loader", "ShardedStateLoader"),
-                    ("tensorizer_loader", "TensorizerLoader"),
-                )
-            ),
+            Seam(LINEAR, "RowParallelLinear.__init__", linear_constructed(self),
+                 "make an o_proj a sharded layer before its weights exist",
+                 ("input_size", "output_size", "quant_config", "prefix")),
+            Seam(DEEPSEEK, "DeepseekV2MLAAttention.__init__", attention_built, *attention),
+            Seam(DEEPSEEK, "DeepseekV2Attention.__init__", attention_built, *attention),
+            Seam(f"{LOADERS}.base_loader", "initialize_model", model_built,
+                 "refuse a model in which no o_proj was sharded; only this function is called by "
+                 "every loader before loading", ("vllm_config",)),
+            Seam("vllm.config", "VllmConfig.compute_hash", config_hashed,
+                 "give compiled graphs and memory plans of each setting their own cache key",
+                 ("self",)),
+            *(Seam(f"{LOADERS}.{module}", f"{loader}.save_model", refuse_to_save,
+                   "refuse files that are named by tensor-parallel rank only",
+                   ("model",), required=False)
+              for module, loader in SAVERS),
         )  # fmt: skip
 
     def check(self, config: Any, settings: Settings) -> None:
-        facts = Facts(config)
-        refusals.check(facts, settings, "vllm", self.versions["vllm"], self.graph_rows(config))
+        """Raise OprojError for a VllmConfig that cannot be served."""
+        facts, rows = refusals.Facts(config), self.graph_rows(config)
+        refusals.check(facts, settings, self.name, self.versions["vllm"], rows)
 
     def graph_rows(self, config: Any) -> int:
+        """Return the largest row count for which a device graph may be captured; 0: none is."""
         # Read from 0.9.1 to 0.32.0. vLLM only lowers these sizes later.
         compilation = refusals.of(config, "compilation_config")
-        if refusals.of(config, "model_config", "enforce_eager"):
-            return 0
-        if refusals.graph_mode(config) == "NONE":
+        eager = refusals.of(config, "model_config", "enforce_eager")
+        if eager or refusals.graph_mode(config) == "NONE":
             return 0
         sizes = [
             *(getattr(compilation, "cudagraph_capture_sizes", None) or ()),
@@ -124,6 +98,7 @@ class Vllm(Host):
         return max(map(int, sizes))
 
     def agreed(self, config: Any) -> dict[str, str]:
+        """Return what of the host's configuration must be equal on all ranks."""
         sizes = refusals.of(config, "compilation_config", "cudagraph_capture_sizes") or ()
         drafted = refusals.of(config, "speculative_config", "num_speculative_tokens")
         eager = bool(refusals.of(config, "model_config", "enforce_eager"))
@@ -199,15 +174,13 @@ def linear_constructed(host: Host) -> Callable[..., None]:
 
     def constructed(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
         prefix = inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("prefix", "")
-        if isinstance(instance, sharded.ShardedMixin) or not sharded.is_o_proj(prefix):
+        nested = isinstance(instance, sharded.ShardedMixin)
+        if nested or not sharded.is_o_proj(prefix) or left_whole(otp_group.require(prefix)):
             wrapped(*args, **kwargs)
             return
         from vllm.distributed import parallel_state
 
         group = otp_group.require(prefix)
-        if left_whole(group):
-            wrapped(*args, **kwargs)
-            return
         sharded.construct(wrapped, instance, args, kwargs, group, parallel_state, host)
 
     return constructed

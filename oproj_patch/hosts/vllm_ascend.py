@@ -24,7 +24,6 @@ from ..sharding import layer as sharded
 from ..sharding.otp_group import Counts, OtpGroup
 from . import refusals
 from .host import Host
-from .refusals import Facts
 from .seam import Seam
 from .vllm import Vllm, attention_built, linear_constructed
 
@@ -37,25 +36,21 @@ _PLAIN_WITHOUT_TP = ("SequenceRowParallelOp", "MatmulAllreduceRowParallelOp")
 # Classes that scatter their result over the tensor-parallel ranks.
 _SCATTERING = ("RowParallelScatterLinear", "TorchairDeepseekV2RowParallelLinearReplaceAllreduce")
 
+TORCHAIR_MODEL = "torchair.models.torchair_deepseek_v2"
+
 # (module below vllm_ascend, symbol, first release, last release; empty: no end)
 LINEARS = (
     ("models.deepseek_v2", "RowParallelScatterLinear", "0.9.1", "0.9.1"),
     ("ops.linear", "AscendRowParallelLinear", "0.11.0", ""),
     ("models.deepseek_v3_2", "CustomDeepseekV2RowParallelLinear", "0.11.0", "0.11.0"),
-    (
-        "torchair.models.torchair_deepseek_v2", "TorchairDeepseekV2RowParallelLinear", "0.11.0",
-        "0.11.0",
-    ),
-    (
-        "torchair.models.torchair_deepseek_v2",
-        "TorchairDeepseekV2RowParallelLinearReplaceAllreduce", "0.11.0", "0.11.0",
-    ),
-)  # fmt: skip
+    (TORCHAIR_MODEL, "TorchairDeepseekV2RowParallelLinear", "0.11.0", "0.11.0"),
+    (TORCHAIR_MODEL, "TorchairDeepseekV2RowParallelLinearReplaceAllreduce", "0.11.0", "0.11.0"),
+)
 ATTENTIONS = (
     ("models.deepseek_v2", "CustomDeepseekV2MLAAttention", "0.9.1", "0.9.1"),
     ("models.deepseek_v3_2", "CustomDeepseekV2SFAAttention", "0.11.0", "0.11.0"),
-    ("torchair.models.torchair_deepseek_v2", "TorchairDeepseekV2MLAAttention", "0.11.0", "0.11.0"),
-    ("torchair.models.torchair_deepseek_v2", "TorchairDeepseekV2SFAAttention", "0.11.0", "0.11.0"),
+    (TORCHAIR_MODEL, "TorchairDeepseekV2MLAAttention", "0.11.0", "0.11.0"),
+    (TORCHAIR_MODEL, "TorchairDeepseekV2SFAAttention", "0.11.0", "0.11.0"),
 )
 IMPLEMENTATIONS = (
     ("attention.mla_v1", "AscendMLAImpl", "0.9.1", ""),
@@ -63,14 +58,12 @@ IMPLEMENTATIONS = (
     ("torchair.torchair_mla", "AscendMLATorchairImpl", "0.11.0", "0.11.0"),
     ("torchair.torchair_sfa", "AscendSFATorchairImpl", "0.11.0", "0.11.0"),
 )
+RUNNER = "worker.model_runner_v1"
 SKIPS = (
-    (
-        "worker.model_runner_v1", "NPUModelRunner._skip_all_reduce_across_dp_group", "0.13.0",
-        "0.13.0",
-    ),
-    ("worker.model_runner_v1", "should_skip_allreduce_across_dp_group", "0.18.0", ""),
+    (RUNNER, "NPUModelRunner._skip_all_reduce_across_dp_group", "0.13.0", "0.13.0"),
+    (RUNNER, "should_skip_allreduce_across_dp_group", "0.18.0", ""),
     ("ops.fused_moe.token_dispatcher", "should_skip_allreduce_across_dp_group", "0.18.0", ""),
-)  # fmt: skip
+)
 
 
 class VllmAscend(Vllm):
@@ -87,13 +80,12 @@ class VllmAscend(Vllm):
         tested = releases.untested(self.versions["vllm"], self.version) == ""
         own = []
         for entry in registry(self):
-            applies = releases.applies(self.version, entry.since, entry.until)
             if entry.module.startswith(TORCHAIR) and refusals.torchair(_ascend_config()) is None:
                 continue  # vllm-ascend imports these modules, and torchair, only in that mode
             # Importing this module replaces DeepSeek's decoder constructor by V3.2's.
             if entry.module == SPARSE and not _builds_sparse():
                 continue
-            if applies:
+            if releases.applies(self.version, entry.since, entry.until):
                 own.append(entry)
             elif not tested:
                 # The user said not to trust the number: what is there is wrapped.
@@ -101,13 +93,13 @@ class VllmAscend(Vllm):
         return (*super().seams(), *own)
 
     def check(self, config: Any, settings: Settings) -> None:
-        facts = Facts(config, _ascend_config())
-        refusals.check(facts, settings, self.name, self.version, self.graph_rows(config))
+        facts, rows = refusals.Facts(config, _ascend_config()), self.graph_rows(config)
+        refusals.check(facts, settings, self.name, self.version, rows)
 
     def capturing(self) -> bool:
         if self._npu is None:
             npu = getattr(torch, "npu", None)
-            self._npu = npu if npu is not None and npu.is_available() else False
+            self._npu = npu is not None and npu.is_available() and npu
         return bool(self._npu and self._npu.is_current_stream_capturing())
 
     def announced(self, group: OtpGroup) -> Counts | None:
@@ -123,9 +115,7 @@ class VllmAscend(Vllm):
         """
         drafter = getattr(config, "speculative_config", None)
         method = str(getattr(drafter, "method", "") or "")
-        graphs = refusals.graph_mode(config) not in ("", "NONE")
-        if refusals.torchair(_ascend_config()) is not None:
-            graphs = False
+        graphs = not self.traceable() and refusals.graph_mode(config) not in ("", "NONE")
         from vllm_ascend.worker import model_runner_v1
 
         if hasattr(model_runner_v1, "should_skip_allreduce_across_dp_group"):
@@ -150,23 +140,15 @@ def registry(host: Host) -> tuple[Seam, ...]:
             _check_layer(instance)
 
     kinds: tuple[tuple[Any, str, Callable[..., Any], str, tuple[str, ...]], ...] = (
-        (
-            LINEARS, ".__init__", constructed,
-            "make an o_proj of this class a sharded layer before its weights exist", (),
-        ),
-        (
-            ATTENTIONS, ".__init__", attention_built,
-            "check that this attention got a sharded o_proj", ("prefix",),
-        ),
-        (
-            IMPLEMENTATIONS, ".forward", attention_ran,
-            "let a rank without attention metadata (idle rank, profile run) take part in the step",
-            ("attn_metadata", "output"),
-        ),
-        (
-            SKIPS, "", never,
-            "keep vllm-ascend's synchronization of rows and graph mode across ranks", (),
-        ),
+        (LINEARS, ".__init__", constructed,
+         "make an o_proj of this class a sharded layer before its weights exist", ()),
+        (ATTENTIONS, ".__init__", attention_built,
+         "check that this attention got a sharded o_proj", ("prefix",)),
+        (IMPLEMENTATIONS, ".forward", attention_ran,
+         "let a rank without attention metadata (idle rank, profile run) take part in the step",
+         ("attn_metadata", "output")),
+        (SKIPS, "", lambda *_: False,  # a question whose answer must be no
+         "keep vllm-ascend's synchronization of rows and graph mode across ranks", ()),
     )  # fmt: skip
     return tuple(
         Seam(f"vllm_ascend.{module}", f"{name}{method}", wrapper, why, parameters, since, until)
@@ -203,41 +185,33 @@ def _names(function: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
 
 
-def never(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> bool:
-    """Wrap a question whose answer must be no."""
-    return False
-
-
 def _check_layer(layer: Any) -> None:
     """Refuse what vllm-ascend chose for a sharded layer and would not survive sharding."""
-    group = layer.oproj.group
-    operator = getattr(layer, "custom_op", None)
+    tp_size, operator = layer.oproj.group.tp_size, getattr(layer, "custom_op", None)
+    name = type(operator).__name__
+    method = type(getattr(layer.quant_method, "quant_method", layer.quant_method)).__name__
+    problem = ""
+    if operator is not None and (tp_size > 1 or name not in _PLAIN_WITHOUT_TP):
+        problem = (
+            f"vllm-ascend runs {layer.oproj.name} through its own {name} (tensor-parallel "
+            f"size {tp_size}): disable the option that asks for it (flashcomm, matmul_allreduce, "
+            "layer_sharding)"
+        )
+    elif tp_size > 1 and any(c.__name__ in _SCATTERING for c in type(layer).__mro__):
+        problem = (
+            f"{layer.oproj.name} is a {type(layer).__name__}, which scatters its result over "
+            f"{tp_size} tensor-parallel ranks: disable enable_prefill_optimizations, "
+            "enable_shared_expert_dp and multistream_overlap_shared_expert"
+        )
+    elif "flatquant" in method.lower():
+        problem = (
+            f"{layer.oproj.name} is quantized by {method}, whose transforms span the whole input "
+            "dimension: leave o_proj out of that quantization"
+        )
+    if problem:
+        raise OprojError("OPROJ015", f"{TOGGLE} is set, but {problem}, or unset the variable.")
     if operator is not None:
-        name = type(operator).__name__
-        if group.tp_size > 1 or name not in _PLAIN_WITHOUT_TP:
-            raise OprojError(
-                "OPROJ015",
-                f"{TOGGLE} is set, but vllm-ascend runs {layer.oproj.name} through its own "
-                f"{name} (tensor-parallel size {group.tp_size}): disable the option that asks "
-                "for it (flashcomm, matmul_allreduce, layer_sharding), or unset the variable.",
-            )
         layer.custom_op = None
-    if group.tp_size > 1 and any(c.__name__ in _SCATTERING for c in type(layer).__mro__):
-        raise OprojError(
-            "OPROJ015",
-            f"{TOGGLE} is set, but {layer.oproj.name} is a {type(layer).__name__}, which "
-            f"scatters its result over {group.tp_size} tensor-parallel ranks: disable "
-            "enable_prefill_optimizations, enable_shared_expert_dp and "
-            "multistream_overlap_shared_expert, or unset the variable.",
-        )
-    method = getattr(layer.quant_method, "quant_method", layer.quant_method)
-    if "flatquant" in type(method).__name__.lower():
-        raise OprojError(
-            "OPROJ015",
-            f"{TOGGLE} is set, but {layer.oproj.name} is quantized by {type(method).__name__}, "
-            "whose transforms span the whole input dimension: leave o_proj out of that "
-            "quantization, or unset the variable.",
-        )
 
 
 def _ascend_config() -> Any:

@@ -6,6 +6,7 @@ fixed form travel, never pickles.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -25,16 +26,10 @@ HEARD_SECONDS = 5.0
 
 
 def agree(
-    store: Any,
-    key: str,
-    rank: int,
-    ranks: Sequence[int],
-    record: Record,
-    seconds: float,
-    verdict: Verdict,
-    refusal: OprojError | None = None,
+    store: Any, key: str, rank: int, ranks: Sequence[int], record: Record, seconds: float,
+    verdict: Verdict, refusal: OprojError | None = None,
     end_others: Callable[[], None] = lambda: None,
-) -> None:
+) -> None:  # fmt: skip
     """Publish `record` under `key`, wait for the records of `ranks`, and settle on one verdict.
 
     store: a torch.distributed store that all of `ranks` reach; key: unique to this agreement.
@@ -46,8 +41,30 @@ def agree(
     Every rank raises the same sentence, because the first rank to judge writes its verdict to the
     store; a rank with a refusal raises that.
     """
+    with _store_errors(refusal):
+        store.set(f"{key}/{rank}", json.dumps({**record, "node": socket.gethostname()}))
+        if refusal is not None:
+            told = f"rank {rank} (node {socket.gethostname()}) cannot start: {refusal.sentence}"
+            _write(store, key, OprojError(refusal.code, told), end_others)
+            _hear(store, key, rank, ranks, seconds)
+            raise refusal
+        # With a verdict already there, nobody needs to wait any longer.
+        names = {other: f"{key}/{other}" for other in ranks}
+        missing = _wait(store, list(names.values()), seconds, f"{key}/verdict")
+        records = {
+            other: None if name in missing else json.loads(store.get(name))
+            for other, name in names.items()
+        }
+        code, sentence = _write(store, key, verdict(records), end_others)
+        if code:
+            _hear(store, key, rank, [other for other in ranks if records[other] is not None])
+            raise OprojError(code, sentence)
+
+
+@contextlib.contextmanager
+def _store_errors(refusal: OprojError | None) -> Iterator[None]:
     try:
-        error = _settle(store, key, rank, ranks, record, seconds, verdict, refusal, end_others)
+        yield
     except OprojError:
         raise
     except RuntimeError as problem:  # torch's DistNetworkError
@@ -56,62 +73,26 @@ def agree(
             "the rank that holds the key-value store of the process group (rank 0) ended while "
             f"the ranks agreed ({str(problem).splitlines()[0]}): look for its error in its log.",
         ) from problem
-    if error is not None:
-        raise error
-
-
-def _settle(
-    store: Any,
-    key: str,
-    rank: int,
-    ranks: Sequence[int],
-    record: Record,
-    seconds: float,
-    verdict: Verdict,
-    refusal: OprojError | None,
-    end_others: Callable[[], None],
-) -> OprojError | None:
-    store.set(f"{key}/{rank}", json.dumps({**record, "node": socket.gethostname()}))
-    if refusal is not None:
-        told = f"rank {rank} (node {socket.gethostname()}) cannot start: {refusal.sentence}"
-        _write(store, key, OprojError(refusal.code, told), end_others)
-        _hear(store, key, rank, ranks, seconds)
-        return refusal
-    # With a verdict already there, nobody needs to wait any longer.
-    names = {other: f"{key}/{other}" for other in ranks}
-    missing = _wait(store, list(names.values()), seconds, f"{key}/verdict")
-    records = {
-        other: None if name in missing else json.loads(_text(store.get(name)))
-        for other, name in names.items()
-    }
-    code, sentence = _write(store, key, verdict(records), end_others)
-    if not code:
-        return None
-    _hear(store, key, rank, [other for other in ranks if records[other] is not None])
-    return OprojError(code, sentence)
 
 
 def _write(
     store: Any, key: str, error: OprojError | None, end_others: Callable[[], None]
-) -> tuple[str, str]:
-    """Write a verdict unless there is one; return (code, sentence) of the one that holds."""
-    mine = json.dumps(["", ""] if error is None else [error.code, error.sentence])
-    settled = _text(store.compare_set(f"{key}/verdict", "", mine))
+) -> list[str]:
+    """Write a verdict unless there is one; return [code, sentence] of the one that holds."""
+    mine = ["", ""] if error is None else [error.code, error.sentence]
+    settled: list[str] = json.loads(store.compare_set(f"{key}/verdict", "", json.dumps(mine)))
     if error is not None and settled == mine:
         end_others()
-    code, sentence = json.loads(settled)
-    return code, sentence
+    return settled
 
 
 def _hear(
     store: Any, key: str, rank: int, ranks: Sequence[int], seconds: float = HEARD_SECONDS
 ) -> None:
     """Wait until `ranks` heard the verdict, because the store ends with the rank that holds it."""
-    try:
+    with contextlib.suppress(RuntimeError):  # the store has ended; this rank knows the verdict
         store.set(f"{key}/heard/{rank}", "1")
         _wait(store, [f"{key}/heard/{other}" for other in ranks], seconds)
-    except RuntimeError:
-        pass  # The rank with the store has ended; this rank knows the verdict.
 
 
 def _wait(store: Any, keys: Sequence[str], seconds: float, unless: str | None = None) -> list[str]:
@@ -125,44 +106,34 @@ def _wait(store: Any, keys: Sequence[str], seconds: float, unless: str | None = 
         time.sleep(0.02)
 
 
-def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def same_settings(record: Record, seconds: float) -> Verdict:
-    """Return the verdict of a start: every rank is there, with the fields of `record`.
+def same_settings(record: Record, seconds: float, records: Records) -> OprojError | None:
+    """Judge a start: every rank is there, with the fields of `record`.
 
     record: what must be equal, by name; seconds: the deadline, for the sentence.
     """
-
-    def verdict(records: Records) -> OprojError | None:
-        values = {rank: other for rank, other in records.items() if other is not None}
-        absent = [rank for rank in records if rank not in values]
-        if absent:
-            nodes = sorted({other["node"] for other in values.values()})
+    values = {rank: other for rank, other in records.items() if other is not None}
+    absent = [rank for rank in records if rank not in values]
+    if absent:
+        nodes = sorted({other["node"] for other in values.values()})
+        return OprojError(
+            "OPROJ011",
+            f"rank {_join(absent)}: {TOGGLE} is not set there, or oproj_patch is not installed or "
+            f"not loaded there, or that process has ended (no answer within {seconds:g} s; the "
+            f"other ranks are on {_join(nodes)}): set {TOGGLE}={record[TOGGLE]} for every process "
+            f"of the instance on every node; {HANDSHAKE_SECONDS} changes the deadline.",
+        )
+    for field in record:
+        found = sorted({other.get(field, "") for other in values.values()})
+        if len(found) > 1:
+            told = "; ".join(
+                f"{_ranks_with(field, value, values)} has {value or 'none'}" for value in found
+            )
             return OprojError(
                 "OPROJ011",
-                f"rank {_join(absent)}: {TOGGLE} is not set there, or oproj_patch is not "
-                "installed or not loaded there, or that process has ended (no answer within "
-                f"{seconds:g} s; the other ranks are on {_join(nodes)}): set "
-                f"{TOGGLE}={record[TOGGLE]} for every process of the instance on every node; "
-                f"{HANDSHAKE_SECONDS} changes the deadline.",
+                f"the ranks do not agree on {field}: {told}; accepted is one value on every rank: "
+                "make them equal and start again.",
             )
-        for field in record:
-            found = {other.get(field, "") for other in values.values()}
-            if len(found) > 1:
-                told = "; ".join(
-                    f"{_ranks_with(field, value, values)} has {value or 'none'}"
-                    for value in sorted(found)
-                )
-                return OprojError(
-                    "OPROJ011",
-                    f"the ranks do not agree on {field}: {told}; accepted is one value on every "
-                    "rank: make them equal and start again.",
-                )
-        return None
-
-    return verdict
+    return None
 
 
 def _ranks_with(field: str, value: str, values: Mapping[int, Record]) -> str:
@@ -170,37 +141,30 @@ def _ranks_with(field: str, value: str, values: Mapping[int, Record]) -> str:
     return f"rank {_join(ranks)} (node {_join(sorted({values[r]['node'] for r in ranks}))})"
 
 
-def same_layers() -> Verdict:
-    """Return the verdict after loading: every rank of the group sharded the same layers.
+def same_layers(records: Records) -> OprojError | None:
+    """Judge after loading: every rank of the group sharded the same layers.
 
     A record's `layers` is JSON: layer name -> its description (shapes, dtypes, quant method).
     """
-
-    def verdict(records: Records) -> OprojError | None:
-        absent = [rank for rank, other in records.items() if other is None]
-        if absent:
-            return OprojError(
-                "OPROJ012",
-                f"rank {_join(absent)} did not reach its first forward pass in time: look for "
-                "its error in the log of that rank.",
-            )
-        described = {rank: json.loads(other["layers"]) for rank, other in records.items() if other}
-        first_rank, first = next(iter(described.items()))
-        for rank, layers in described.items():
-            for name in _differences(first, layers):
+    absent = [rank for rank, other in records.items() if other is None]
+    if absent:
+        return OprojError(
+            "OPROJ012",
+            f"rank {_join(absent)} did not reach its first forward pass in time: look for its "
+            "error in the log of that rank.",
+        )
+    described = {rank: json.loads(other["layers"]) for rank, other in records.items() if other}
+    first_rank, first = next(iter(described.items()))
+    for rank, layers in described.items():
+        for name in sorted(first.keys() | layers.keys()):
+            one, other = first.get(name, "absent"), layers.get(name, "absent")
+            if one != other:
                 return OprojError(
                     "OPROJ012",
-                    f"layer {name} is [{layers.get(name, 'absent')}] on rank {rank} but "
-                    f"[{first.get(name, 'absent')}] on rank {first_rank}: start every rank "
-                    "with the same model, options, quantization and versions.",
+                    f"layer {name} is [{other}] on rank {rank} but [{one}] on rank {first_rank}: "
+                    "start every rank with the same model, options, quantization and versions.",
                 )
-        return None
-
-    return verdict
-
-
-def _differences(one: Mapping[str, str], other: Mapping[str, str]) -> Iterator[str]:
-    return (name for name in sorted(set(one) | set(other)) if one.get(name) != other.get(name))
+    return None
 
 
 def _join(values: Sequence[object]) -> str:

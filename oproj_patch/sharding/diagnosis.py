@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 from ..errors import OprojError
@@ -51,14 +52,10 @@ def failed(where: str, error: CollectiveError, group: OtpGroup) -> OprojError:
     def ask() -> None:
         try:
             agreement.agree(
-                otp_group.store(),
-                f"{group.store_key}/failed",
-                group.ranks[group.rank],
-                group.ranks,
-                {"where": where},
-                agreement.HEARD_SECONDS,
-                _absent(problem, group),
-            )
+                otp_group.store(), f"{group.store_key}/failed", group.ranks[group.rank],
+                group.ranks, {"where": where}, agreement.HEARD_SECONDS,
+                functools.partial(_absent, problem, group),
+            )  # fmt: skip
         except OprojError as verdict:
             found.append(verdict)
 
@@ -75,29 +72,25 @@ def failed(where: str, error: CollectiveError, group: OtpGroup) -> OprojError:
     )
 
 
-def _absent(problem: str, group: OtpGroup) -> agreement.Verdict:
-    """Return the verdict on a failed step: the ranks without a record were not in it."""
+def _absent(problem: str, group: OtpGroup, records: agreement.Records) -> OprojError:
+    """Judge a failed step: the ranks without a record were not in it."""
     timeout = otp_group.timeout_of(group.device_group)
     seconds = group.settings.handshake_seconds
     if not group.settings.debug and timeout is not None:
         seconds = timeout.total_seconds()
-
-    def verdict(records: agreement.Records) -> OprojError:
-        absent = [rank for rank, record in records.items() if record is None]
-        places = {rank: record["where"] for rank, record in records.items() if record}
-        waiting = "; ".join(f"rank {rank} was at {where}" for rank, where in places.items())
-        if not absent:
-            return OprojError(
-                "OPROJ013",
-                f"a step of the ranks {group.ranks} failed on all of them ({waiting}: {problem}): "
-                f"the ranks ran different forward passes, or the network failed; set {DEBUG}=1 to "
-                "see which, and report model, options and release.",
-            )
+    absent = [str(rank) for rank, record in records.items() if record is None]
+    waiting = "; ".join(
+        f"rank {rank} was at {record['where']}" for rank, record in records.items() if record
+    )
+    if not absent:
         return OprojError(
             "OPROJ013",
-            f"rank {', '.join(map(str, absent))} did not arrive within {seconds:g} s, or has "
-            f"ended ({waiting}: {problem}): look for the error in the log of that rank, or for "
-            "what it is busy with.",
+            f"a step of the ranks {group.ranks} failed on all of them ({waiting}: {problem}): the "
+            f"ranks ran different forward passes, or the network failed; set {DEBUG}=1 to see "
+            "which, and report model, options and release.",
         )
-
-    return verdict
+    return OprojError(
+        "OPROJ013",
+        f"rank {', '.join(absent)} did not arrive within {seconds:g} s, or has ended ({waiting}: "
+        f"{problem}): look for the error in the log of that rank, or for what it is busy with.",
+    )

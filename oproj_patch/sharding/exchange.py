@@ -47,7 +47,7 @@ class Plan(NamedTuple):
 
 
 class Pattern(NamedTuple):
-    """How a step communicates: by gathering the weight, or in `parts` dispatches and combines."""
+    """How a step communicates: by gathering the weight, else in `parts` dispatches and combines."""
 
     gather: bool
     parts: int
@@ -62,22 +62,9 @@ def decide(counts: Counts, plan: Plan) -> Pattern:
     """
     if max(counts) <= plan.graph_rows:
         return Pattern(False, 1)
-    if weight_gather.wins(plan.gather_from, counts):
-        return Pattern(True, 0)
     elements = plan.size * max(counts) * max(plan.columns // plan.size, plan.hidden)
-    return Pattern(False, max(1, -(-elements * plan.element_bytes // plan.buffer_bytes)))
-
-
-def settle(layer: Any, group: OtpGroup, gather_from: int) -> Plan:
-    """Return the plan of `layer`: its sizes, its thresholds and the size of the shared buffers."""
-    columns = layer.input_size_per_partition * group.size
-    element_bytes = layer.params_dtype.itemsize
-    largest = max(columns, group.size * layer.output_size)
-    graphs = group.graph_rows * largest * element_bytes
-    return Plan(
-        group.size, columns, layer.output_size, element_bytes, group.graph_rows, gather_from,
-        max(BUFFER_BYTES, graphs),
-    )  # fmt: skip
+    parts = max(1, -(-elements * plan.element_bytes // plan.buffer_bytes))
+    return Pattern(weight_gather.wins(plan.gather_from, counts), parts)
 
 
 def run(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -97,11 +84,11 @@ def run(layer: Any, x: torch.Tensor) -> torch.Tensor:
         counts = rows.across_group(mine.shape[0], group, shard.host, shard.name, shard.leads)
         group.steps += 1
         pattern = decide(counts, plan)
-        if pattern.gather and _gather_is_right(layer, mine, counts):
+        if pattern.gather and _gather_is_right(layer, mine, counts, pattern.parts):
             group.gathers += 1
             output = weight_gather.run(mine, layer)
         else:
-            output = exchange(layer, mine, counts, pattern.parts or _parts(counts, plan))
+            output = exchange(layer, mine, counts, pattern.parts)
     except CollectiveError as error:
         raise diagnosis.failed(f"step {step} at {shard.name}", error, group) from error
     return output.view(*x.shape[:-1], plan.hidden)
@@ -170,15 +157,10 @@ def buffer(role: str, shape: tuple[int, ...], like: torch.Tensor, group: OtpGrou
     if found is not None:
         return found
     size = math.prod(shape)
-    memory = group.buffers.get((role, like.dtype))
-    # The model writes to it in and out of inference mode: no inference tensor.
+    memory = group.memory((role, like.dtype), size, like.dtype, like.device)
+    if len(group.views) >= MOST_VIEWS:
+        group.views.clear()
     with torch.inference_mode(False):
-        if memory is None or memory.numel() < size:
-            memory = torch.empty(size, dtype=like.dtype, device=like.device)
-            group.buffers[role, like.dtype] = memory
-            group.views.clear()
-        if len(group.views) >= MOST_VIEWS:
-            group.views.clear()
         view = group.views[key] = memory[:size].view(shape)
     return view
 
@@ -216,31 +198,20 @@ def run_traced(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return back.view(n, count, hidden).sum(0, dtype=torch.float32).to(partial.dtype)
 
 
-def _parts(counts: Counts, plan: Plan) -> int:
-    """Return in how many parts to cut a step that will not gather after all."""
-    return decide(counts, plan._replace(gather_from=0)).parts
-
-
 def _all_to_all(
-    output: torch.Tensor,
-    input_: torch.Tensor,
-    output_rows: Counts,
-    input_rows: Counts,
+    output: torch.Tensor, input_: torch.Tensor, output_rows: Counts, input_rows: Counts,
     group: OtpGroup,
-) -> None:
+) -> None:  # fmt: skip
+    equal = output_rows == input_rows and len(set(output_rows)) == 1
+    # The form without splits is the one that a device graph can capture.
+    splits = () if equal else (list(output_rows), list(input_rows))
     try:
-        if output_rows == input_rows and len(set(output_rows)) == 1:
-            # The form without splits is the one that a device graph can capture.
-            dist.all_to_all_single(output, input_, group=group.device_group)
-        else:
-            dist.all_to_all_single(
-                output, input_, list(output_rows), list(input_rows), group=group.device_group
-            )
+        dist.all_to_all_single(output, input_, *splits, group=group.device_group)
     except RuntimeError as error:
         raise CollectiveError(str(error)) from error
 
 
-def _gather_is_right(layer: Any, x: torch.Tensor, counts: Counts) -> bool:
+def _gather_is_right(layer: Any, x: torch.Tensor, counts: Counts, parts: int) -> bool:
     """Before the first gather of a layer: does it give what an exchange gives?
 
     A quant method may keep what belongs to its shard where `weight_gather` does not look. Then
@@ -253,7 +224,7 @@ def _gather_is_right(layer: Any, x: torch.Tensor, counts: Counts) -> bool:
     if not group.gathers:
         # The profile run gathers, and a later step with unequal rows exchanges: vLLM must measure
         # the memory of both.
-        exchange(layer, x, counts, _parts(counts, shard.plan))
+        exchange(layer, x, counts, parts)
     columns = x.shape[1]
     probe = torch.arange(8 * columns, device=x.device).sin().view(8, columns).to(x.dtype)
     expected = exchange(layer, probe, (8,) * group.size).float()
@@ -263,10 +234,7 @@ def _gather_is_right(layer: Any, x: torch.Tensor, counts: Counts) -> bool:
         shard.gather_verified = True
         return True
     shard.plan = shard.plan._replace(gather_from=0)
-    logging.getLogger("vllm.oproj_patch").warning(
-        "%s: a gathered weight gives another result with %s; rows are exchanged for all row "
-        "counts instead.",
-        shard.name,
-        type(layer.quant_method).__name__,
-    )
+    told = "a gathered weight gives another result with"
+    then = f"{type(layer.quant_method).__name__}; rows are exchanged for all row counts instead"
+    logging.getLogger("vllm.oproj_patch").warning("%s: %s %s.", shard.name, told, then)
     return False

@@ -95,11 +95,8 @@ class Shard:
         bias = None if rank > 0 or layer.skip_bias_add else layer.bias
         # vllm-ascend's wrapper would ask vLLM for the rank; it passes it on as last argument.
         wrapped = getattr(layer.quant_method, "quant_method", None)
-        output: torch.Tensor = (
-            layer.quant_method.apply(layer, x, bias)
-            if wrapped is None
-            else wrapped.apply(layer, x, bias, rank)
-        )
+        method = layer.quant_method if wrapped is None else wrapped
+        output: torch.Tensor = method.apply(layer, x, bias, *(() if wrapped is None else (rank,)))
         return output
 
 
@@ -110,14 +107,9 @@ class ShardedMixin:
 
 
 def construct(
-    init: Callable[..., None],
-    layer: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    group: OtpGroup,
-    parallel_state: Any,
-    host: HostPass,
-) -> None:
+    init: Callable[..., None], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
+    group: OtpGroup, parallel_state: Any, host: HostPass,
+) -> None:  # fmt: skip
     """Run the host's `layer.__init__` so that `layer` becomes a sharded o_proj.
 
     init: the bound original constructor, called with args and kwargs as given.
@@ -130,13 +122,14 @@ def construct(
     cls: type = type(layer)
     _warn_of_bypassed(cls)
     layer.__class__ = _sharded_class(cls)
-    name = _unique(prefix, group)
-    label_type = host.label_type()
-    label = name if label_type is str else label_type(name)
-    plan = exchange.Plan(group.size, 0, 0, 0, 0, 0, 1)
+    name, count = prefix, 1
+    while name in group.layers:  # a drafter may name its layers as the model does
+        count += 1
+        name = f"{prefix}#{count}"
+    label_type, plan = host.label_type(), exchange.Plan(group.size, 0, 0, 0, 0, 0, 1)
     # nn.Module.__setattr__ would look for tables that do not exist before its __init__.
     layer.__dict__["oproj"] = Shard(
-        name, label, host.traceable(), layer, group, host, parallel_state, plan
+        name, label_type(name), host.traceable(), layer, group, host, parallel_state, plan
     )
     try:
         with LayerScope(parallel_state, group):
@@ -184,15 +177,14 @@ def check_model(model: Any, group: OtpGroup, built: Sequence[str], attentions: A
             f"{TOGGLE} is {group.size}, but {type(model).__name__} has no self-attention o_proj "
             "that can be sharded: unset the variable for this model.",
         )
-    caches = [
-        f"{prefix}."
-        for prefix, layer in attentions.items()
-        if hasattr(layer, "kv_cache")
-        and getattr(layer, "attn_type", None) not in ("encoder", "encoder_only")
-    ]
+    encoders = ("encoder", "encoder_only")
     for name in built:
         owner = name.partition("#")[0].rpartition(".")[0]
-        if not any(prefix.startswith(f"{owner}.") for prefix in caches):
+        inner = [
+            layer for prefix, layer in attentions.items() if f"{prefix}.".startswith(f"{owner}.")
+        ]
+        cached = [layer for layer in inner if hasattr(layer, "kv_cache")]
+        if all(getattr(layer, "attn_type", None) in encoders for layer in cached):
             raise OprojError(
                 "OPROJ007",
                 f"{name} of {type(model).__name__} was sharded, but {owner} has no KV cache, so "
@@ -213,8 +205,15 @@ def settle(group: OtpGroup) -> None:
         if all(p.numel() for p in layer.parameters(recurse=False)):  # a CPU empties what it packs
             _measure(layer)
         least = weight_gather.threshold(layer, group)
-        shard.plan = exchange.settle(layer, group, least)
-        shard.description += f" {weight_gather.describe(layer, least)} {shard.plan}"
+        columns, hidden = layer.input_size_per_partition * group.size, layer.output_size
+        size = layer.params_dtype.itemsize
+        captured = group.graph_rows * max(columns, group.size * hidden) * size
+        room = max(exchange.BUFFER_BYTES, captured)
+        shard.plan = exchange.Plan(group.size, columns, hidden, size, group.graph_rows, least, room)
+        # Ranks that gather different things would wait for each other for ever.
+        pieces = weight_gather.pieces(layer) if least else {}
+        shapes = {name: tuple(tensor.shape) for name, tensor in pieces.items()}
+        shard.description += f" gather:{least}:{shapes} {shard.plan}"
         shard.leads = index == 0 or index >= group.main_layers
 
 
@@ -234,12 +233,8 @@ def _sharded_class(cls: type) -> type:
     """Return a subclass of `cls` whose instances are sharded; features keyed on names see `cls`."""
     if issubclass(cls, ShardedMixin):
         return cls
-    namespace = {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        "forward": _forward,
-    }
+    namespace = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    namespace["forward"] = _forward
     for loader in ("weight_loader", "weight_loader_v2"):
         if hasattr(cls, loader):
             namespace[loader] = _seeing_own_group(getattr(cls, loader))
@@ -312,9 +307,8 @@ def _register_op(label: type) -> None:
     def o_proj(x: torch.Tensor, layer: Any, hidden: int) -> torch.Tensor:
         return _run(x, layer if isinstance(layer, str) else layer.value)
 
-    o_proj.__annotations__.update(
-        {"x": torch.Tensor, "layer": label, "hidden": int, "return": torch.Tensor}
-    )
+    tensor = torch.Tensor
+    o_proj.__annotations__.update({"x": tensor, "layer": label, "hidden": int, "return": tensor})
     _library = torch.library.Library("oproj_patch", "FRAGMENT")
     _library.define("o_proj" + torch.library.infer_schema(o_proj, mutates_args=()))
     _library.impl("o_proj", o_proj, "CompositeExplicitAutograd")
@@ -366,7 +360,7 @@ def _check_blocks(layer: Any) -> None:
 
 def _check_loaded(layer: Any, param: Any, loaded: Any) -> None:
     """Refuse a tensor that the ranks cannot share out in whole elements: blocks would be cut."""
-    dim = _input_dim(param)
+    dim = getattr(param, "input_dim", None)  # vLLM's mark of a parameter that is cut along it
     if dim is None or getattr(param, "is_sharded_weight", False) or loaded.dim() != param.dim():
         return
     ways = layer.oproj.group.layer_tp.world_size
@@ -384,33 +378,19 @@ def _no_whole_blocks(shard: Shard, what: str, block: int) -> OprojValueError:
     )
 
 
-def _input_dim(param: torch.nn.Parameter) -> int | None:
-    # vLLM marks a parameter that is cut along the input dimension by `input_dim`.
-    return getattr(param, "input_dim", None)
-
-
 def _measure(layer: Any) -> None:
     """Record bytes and shapes of the parameters."""
     shard = layer.oproj
     ways = shard.group.layer_tp.world_size // shard.group.tp_size
     params = list(layer.named_parameters(recurse=False))
     sizes = {name: param.numel() * param.element_size() for name, param in params}
-    cut = [name for name, param in params if _input_dim(param) is not None]
+    cut = [name for name, param in params if getattr(param, "input_dim", None) is not None]
     shard.kept = sum(sizes.values())
     shard.saved = sum(sizes[name] for name in cut) * (ways - 1)
     shard.description = " ".join(
         [type(layer.quant_method).__name__]
         + [f"{name}:{tuple(param.shape)}:{param.dtype}" for name, param in params]
     )
-
-
-def _unique(prefix: str, group: OtpGroup) -> str:
-    # A drafter may name its layers as the model does.
-    name, count = prefix, 1
-    while name in group.layers:
-        count += 1
-        name = f"{prefix}#{count}"
-    return name
 
 
 @functools.cache
@@ -421,9 +401,7 @@ def _warn_of_bypassed(cls: type) -> None:
         if forward is None:
             continue
         if hasattr(forward, "__wrapped__") or forward.__module__ != base.__module__:
-            _log.warning(
-                "%s.forward was replaced by %s; oproj_patch does not call it for o_proj layers.",
-                base.__qualname__,
-                getattr(forward, "__module__", type(forward).__module__),
-            )
+            told = "%s.forward was replaced by %s; oproj_patch does not call it for o_proj layers."
+            module = getattr(forward, "__module__", type(forward).__module__)
+            _log.warning(told, base.__qualname__, module)
         return

@@ -43,12 +43,9 @@ class LayerTPGroup:
         self.ranks = list(ranks)
         self.world_size = len(self.ranks)
         self.rank = self.ranks[rank]
+        self.first_rank = self.ranks[0]
         self.device_group = device_group
         self.cpu_group = cpu_group
-
-    @property
-    def first_rank(self) -> int:
-        return self.ranks[0]
 
     @property
     def is_first_rank(self) -> bool:
@@ -107,18 +104,23 @@ class OtpGroup:
     buffers: dict[Any, torch.Tensor] = field(default_factory=dict)
     views: dict[Any, torch.Tensor] = field(default_factory=dict)
 
-    @functools.cached_property
-    def size(self) -> int:
-        return len(self.ranks)
-
-    @functools.cached_property
-    def tp_size(self) -> int:
-        return len(self.tp_ranks)
+    def __post_init__(self) -> None:
+        self.size, self.tp_size = len(self.ranks), len(self.tp_ranks)
 
     def totals(self) -> tuple[int, int]:
         """Return bytes of all sharded layers: (kept on this rank, saved on this rank)."""
         shards = [layer.oproj for layer in self.layers.values()]
         return sum(s.kept for s in shards), sum(s.saved for s in shards)
+
+    def memory(self, key: Any, size: int, dtype: torch.dtype, device: Any) -> torch.Tensor:
+        """Return `size` or more uninitialized elements, which all layers share."""
+        kept = self.buffers.get(key)
+        if kept is None or kept.numel() < size:
+            # The model writes to it in and out of inference mode: no inference tensor.
+            with torch.inference_mode(False):
+                kept = self.buffers[key] = torch.empty(size, dtype=dtype, device=device)
+            self.views.clear()
+        return kept
 
 
 _current: OtpGroup | None = None
@@ -162,24 +164,18 @@ def agree_to_start(settings: Settings, equal: Mapping[str, str], refusal: OprojE
     rank, world = dist.get_rank(), range(dist.get_world_size())
     # Number this start: one process may serve several engines in turn.
     key = f"oproj_patch/{store().add(f'oproj_patch/starts/{rank}', 1)}"
-    record = {**settings.shared(), **equal}
-    seconds = settings.handshake_seconds
+    record, seconds = {**settings.shared(), **equal}, settings.handshake_seconds
     agreement.agree(
         store(), f"{key}/settings", rank, world, record, seconds,
-        agreement.same_settings(record, seconds), refusal, _end_unaware,
+        functools.partial(agreement.same_settings, record, seconds), refusal, _end_unaware,
     )  # fmt: skip
     return key
 
 
 def create(
-    dp_groups: Sequence[Sequence[int]],
-    tp_groups: Sequence[Sequence[int]],
-    backend: str,
-    settings: Settings,
-    key: str,
-    like: Any = None,
-    graph_rows: int = 0,
-) -> OtpGroup:
+    dp_groups: Sequence[Sequence[int]], tp_groups: Sequence[Sequence[int]], backend: str,
+    settings: Settings, key: str, like: Any = None, graph_rows: int = 0,
+) -> OtpGroup:  # fmt: skip
     """Create this process's otp group. Every rank of the world calls it at the same point.
 
     dp_groups, tp_groups: global ranks of all of vLLM's groups of that kind.
@@ -197,27 +193,20 @@ def create(
         )
     rank = dist.get_rank()
     otp = topology.otp_groups(dp_groups, settings.size)
-    layer = otp if all(len(g) == 1 for g in tp_groups) else topology.layer_groups(otp, tp_groups)
-    ranks, device_group, cpu_group = _new_groups(otp, backend, like)
-    if layer is otp:
-        layer_ranks, layer_device, layer_cpu = ranks, device_group, cpu_group
-    else:
-        layer_ranks, layer_device, layer_cpu = _new_groups(layer, backend, like)
-    dp_ranks = _containing(dp_groups, rank)
-    tp_ranks = _containing(tp_groups, rank)
-    _current = OtpGroup(
-        ranks=ranks,
-        rank=ranks.index(rank),
-        dp_start=dp_ranks.index(ranks[0]),
-        tp_ranks=tp_ranks,
-        tp_rank=tp_ranks.index(rank),
-        device_group=device_group,
-        cpu_group=cpu_group,
-        layer_tp=LayerTPGroup(layer_ranks.index(rank), layer_ranks, layer_device, layer_cpu),
-        settings=settings,
-        store_key=f"{key}/{ranks[0]}",
-        graph_rows=graph_rows,
+    ranks, device_group, cpu_group = own = _new_groups(otp, backend, like)
+    if any(len(tp_group) > 1 for tp_group in tp_groups):
+        own = _new_groups(topology.layer_groups(otp, tp_groups), backend, like)
+    dp_ranks, tp_ranks = (
+        next(list(members) for members in groups if rank in members)
+        for groups in (dp_groups, tp_groups)
     )
+    _current = OtpGroup(
+        ranks=ranks, rank=ranks.index(rank), dp_start=dp_ranks.index(ranks[0]),
+        tp_ranks=tp_ranks, tp_rank=tp_ranks.index(rank),
+        device_group=device_group, cpu_group=cpu_group,
+        layer_tp=LayerTPGroup(own[0].index(rank), *own),
+        settings=settings, store_key=f"{key}/{ranks[0]}", graph_rows=graph_rows,
+    )  # fmt: skip
     return _current
 
 
@@ -256,14 +245,9 @@ def check_layers(group: OtpGroup) -> None:
         ) from error
     if not torch.equal(digests, digest.expand_as(digests)):
         agreement.agree(
-            store(),
-            f"{group.store_key}/layers",
-            dist.get_rank(),
-            group.ranks,
-            {"layers": text},
-            group.settings.handshake_seconds,
-            agreement.same_layers(),
-        )
+            store(), f"{group.store_key}/layers", dist.get_rank(), group.ranks, {"layers": text},
+            group.settings.handshake_seconds, agreement.same_layers,
+        )  # fmt: skip
     group.checked = True
 
 
@@ -281,21 +265,19 @@ class LayerScope:
         self.group = group
 
     def __enter__(self) -> None:
-        before = self.parallel_state._TP
-        self.parallel_state._TP = _OnThisThread(before, self.group.layer_tp)
+        state = self.parallel_state
+        state._TP = _OnThisThread(state._TP, self.group.layer_tp)
 
     def __exit__(self, *_: object) -> None:
-        mine = threading.get_ident()
-        found = self.parallel_state._TP
+        state, mine = self.parallel_state, threading.get_ident()
+        found = state._TP
         # Another thread may have put its view on top: then ours passes through until that ends.
         while type(found) is _OnThisThread and found._thread != mine:
             found = found._before
         if type(found) is _OnThisThread:
             object.__setattr__(found, "_thread", 0)
-        while (
-            type(self.parallel_state._TP) is _OnThisThread and not self.parallel_state._TP._thread
-        ):
-            self.parallel_state._TP = self.parallel_state._TP._before
+        while type(state._TP) is _OnThisThread and not state._TP._thread:
+            state._TP = state._TP._before
 
 
 class _OnThisThread:
@@ -318,20 +300,17 @@ class _OnThisThread:
         setattr(self._seen(), name, value)
 
 
-def _new_groups(
-    groups: Sequence[Sequence[int]], backend: str, like: Any
-) -> tuple[list[int], Any, Any]:
+def _new_groups(groups: Sequence[Sequence[int]], backend: str, like: Any) -> Any:
     """Create all groups on all ranks; return members, device group and CPU group of this rank."""
-    mine: tuple[list[int], Any, Any] | None = None
+    mine = None
     device_timeout = timeout_of(getattr(like, "device_group", None))
     cpu_timeout = timeout_of(getattr(like, "cpu_group", None))
     for ranks in groups:
-        device_group = dist.new_group(list(ranks), timeout=device_timeout, backend=backend)
-        cpu_group = (
-            device_group
-            if backend == "gloo"
-            else dist.new_group(list(ranks), timeout=cpu_timeout, backend="gloo")
+        cpu_group = device_group = dist.new_group(
+            list(ranks), timeout=device_timeout, backend=backend
         )
+        if backend != "gloo":
+            cpu_group = dist.new_group(list(ranks), timeout=cpu_timeout, backend="gloo")
         if dist.get_rank() in ranks:
             mine = list(ranks), device_group, cpu_group
     assert mine is not None, "vLLM's data-parallel groups cover every rank"
@@ -340,12 +319,11 @@ def _new_groups(
 
 def timeout_of(process_group: Any) -> timedelta | None:
     """Return the timeout of a process group; None if unreadable (torch's default applies)."""
-    try:
+    with contextlib.suppress(AttributeError, IndexError, RuntimeError):
         device = process_group._device_types[0]
         timeout: timedelta = process_group._get_backend(device).options._timeout
-    except (AttributeError, IndexError, RuntimeError):
-        return None
-    return timeout
+        return timeout
+    return None
 
 
 MOST_GROUPS = 8
@@ -369,10 +347,6 @@ def _end_unaware() -> None:
         keys = [f"0/{rank}" for rank in range(world)]
         with contextlib.suppress(RuntimeError):  # the store has ended with its rank
             place.multi_set(keys, ["\0" * 64] * world)
-
-
-def _containing(groups: Sequence[Sequence[int]], rank: int) -> list[int]:
-    return next(list(ranks) for ranks in groups if rank in ranks)
 
 
 def store() -> Any:

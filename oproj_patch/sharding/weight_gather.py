@@ -42,17 +42,10 @@ def threshold(layer: Any, group: OtpGroup) -> int:
         return 0
     if wanted is not None:
         return wanted
-    shard = sum(_bytes(tensor) for tensor in pieces(layer).values())
+    shard = sum(tensor.nbytes for tensor in pieces(layer).values())
     columns, element_bytes = layer.input_size_per_partition, layer.params_dtype.itemsize
     step = topology.step_bytes(group.size, columns, layer.output_size, element_bytes)
     return topology.gather_threshold(topology.gather_bytes(group.size, shard), step)
-
-
-def describe(layer: Any, least: int) -> str:
-    """Return what ranks must have in common to gather `layer`; part of its description."""
-    # Ranks that gather different things would wait for each other for ever.
-    what = {name: tuple(tensor.shape) for name, tensor in pieces(layer).items()} if least else ""
-    return f"gather:{least}:{what}"
 
 
 def obstacle(layer: Any, group: OtpGroup) -> str:
@@ -68,7 +61,7 @@ def obstacle(layer: Any, group: OtpGroup) -> str:
             return f"{name} has gaps in memory"
     cut = layer.oproj.saved // (group.size - 1)
     # Quantizing while loading may have made a weight up to 8 times smaller.
-    if sum(_bytes(tensor) for tensor in held.values()) * 8 < cut:
+    if sum(tensor.nbytes for tensor in held.values()) * 8 < cut:
         return "the host has packed the weights where they cannot be read"
     return ""
 
@@ -99,7 +92,7 @@ def summary(group: OtpGroup) -> str:
 
 def buffer_bytes(layer: Any, group: OtpGroup) -> int:
     """Return the size of the buffer that gathering `layer` takes on every rank."""
-    return sum(_aligned(_bytes(tensor)) * group.size for tensor in pieces(layer).values())
+    return sum(_aligned(tensor.nbytes) * group.size for tensor in pieces(layer).values())
 
 
 def wins(least: int, counts: Counts) -> bool:
@@ -117,7 +110,8 @@ def run(x: torch.Tensor, layer: Any) -> torch.Tensor:
     shards = _gather(layer, group)
     chunks = x.view(x.shape[0], group.size, -1).unbind(1)
     own = group.layer_tp
-    total: torch.Tensor | None = None
+    shape = x.shape[0], layer.output_size
+    total = torch.zeros(shape, dtype=torch.float32, device=x.device)
     for index, (chunk, shard) in enumerate(zip(chunks, shards, strict=True)):
         # Some of what a quant method adds once depends on the rank that it sees.
         member = copy.copy(own)
@@ -128,8 +122,7 @@ def run(x: torch.Tensor, layer: Any) -> torch.Tensor:
                 partial = layer.oproj.gemm(chunk.contiguous())
         finally:
             group.layer_tp = own
-        total = partial.to(torch.float32, copy=True) if total is None else total.add_(partial)
-    assert total is not None, "a group has ranks"
+        total += partial
     return total.to(x.dtype)
 
 
@@ -146,9 +139,11 @@ def pieces(layer: Any) -> dict[str, torch.Tensor]:
 def _gather(layer: Any, group: OtpGroup) -> list[dict[str, torch.Tensor]]:
     """Return the `pieces` of every rank of the group, in group order."""
     shards: list[dict[str, torch.Tensor]] = [{} for _ in range(group.size)]
-    buffer = _buffer(layer, group)
+    held = pieces(layer)
+    device = next(iter(held.values())).device
+    buffer = group.memory("weight", buffer_bytes(layer, group), torch.uint8, device)
     start = 0
-    for name, tensor in pieces(layer).items():
+    for name, tensor in held.items():
         ordered = _ordered(tensor)
         assert ordered is not None, "`obstacle` looked at it"
         order, flat = ordered
@@ -169,18 +164,6 @@ def _gather(layer: Any, group: OtpGroup) -> list[dict[str, torch.Tensor]]:
                 tensor if rank == group.rank else theirs.view(permuted.shape).permute(back)
             )
     return shards
-
-
-def _buffer(layer: Any, group: OtpGroup) -> torch.Tensor:
-    """Return memory for the shards of one layer; all layers use the same."""
-    size = buffer_bytes(layer, group)
-    kept = group.buffers.get("weight")
-    if kept is None or kept.numel() < size:
-        device = next(iter(pieces(layer).values())).device
-        # The model writes to it in and out of inference mode: no inference tensor.
-        with torch.inference_mode(False):
-            kept = group.buffers["weight"] = torch.empty(size, dtype=torch.uint8, device=device)
-    return kept
 
 
 @contextmanager
@@ -205,11 +188,6 @@ def _ordered(tensor: torch.Tensor) -> tuple[list[int], torch.Tensor] | None:
     if not permuted.is_contiguous():
         return None
     return order, permuted.reshape(-1).view(torch.uint8)
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    size: int = tensor.numel() * tensor.element_size()
-    return size
 
 
 def _aligned(size: int) -> int:

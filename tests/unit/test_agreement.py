@@ -23,7 +23,7 @@ def agreed(layers: list[dict[str, str] | None], seconds: float = 20) -> list[tup
         record = {"layers": json.dumps(layers[rank])}
         try:
             agreement.agree(
-                store, "key", rank, range(len(layers)), record, seconds, agreement.same_layers()
+                store, "key", rank, range(len(layers)), record, seconds, agreement.same_layers
             )
         except OprojError as error:
             return type(error), str(error)
@@ -92,9 +92,9 @@ def test_a_refusal_ends_all_at_once() -> None:
 def test_settings_that_differ_are_named_with_their_ranks() -> None:
     node = {"node": "n"}
     records = {0: {"A": "1", **node}, 1: {"A": "2", **node}, 2: {"A": "1", **node}}
-    error = agreement.same_settings({"A": "1"}, 60)(records)
+    error = agreement.same_settings({"A": "1"}, 60, records)
     assert error is not None and error.sentence == (
         "the ranks do not agree on A: rank 0, 2 (node n) has 1; rank 1 (node n) has 2; accepted "
         "is one value on every rank: make them equal and start again."
     )
-    assert agreement.same_settings({"A": "1"}, 60)({0: records[0], 1: records[2]}) is None
+    assert agreement.same_settings({"A": "1"}, 60, {0: records[0], 1: records[2]}) is None
