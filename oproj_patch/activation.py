@@ -218,7 +218,8 @@ def _started() -> _Start:
     try:  # with a malformed toggle the import of the package has failed, and would again
         from .sharding import otp_group
     finally:
-        _restore(toggle)
+        if toggle is not None:
+            os.environ[TOGGLE] = toggle
     from vllm.config import get_current_vllm_config
 
     from .hosts import detect

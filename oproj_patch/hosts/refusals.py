@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from .. import releases
@@ -137,6 +137,11 @@ def _full_graphs(facts: Facts) -> object | None:
     return mode if mode not in ("", "NONE", "PIECEWISE") and not torchair(facts.ascend) else None
 
 
+def _full_decode_only(facts: Facts) -> object | None:
+    mode = graph_mode(facts.vllm)
+    return mode if mode == "FULL_DECODE_ONLY" else None
+
+
 def _shared_experts(facts: Facts) -> object | None:
     eager = of(facts.vllm, "model_config", "enforce_eager")
     on = torchair(facts.ascend) and of(facts.ascend, "enable_shared_expert_dp")
@@ -190,11 +195,15 @@ RULES: tuple[Rule, ...] = (
     Rule("speculative_config.num_speculative_tokens_per_batch_size",
          _given("speculative_config", "num_speculative_tokens_per_batch_size"),
          "a rank drafts as many tokens as its own batch asks for, so ranks would run the drafter a "
-         "different number of times", since="0.24.0", until="0.25.1",
+         "different number of times",
          remedy="use num_speculative_tokens alone, or vLLM 0.26 or later, or unset the variable"),
     Rule("VLLM_USE_V1", _first_engine,
          "vLLM's first engine does not run data-parallel ranks in lock step",
-         until="0.10.2", remedy="set VLLM_USE_V1=1, or unset the variable"),
+         remedy="set VLLM_USE_V1=1, or unset the variable"),
+    Rule("cudagraph_mode", _full_decode_only,
+         "its runner asserts that no rank decodes while another prefills",
+         since="0.12.0", until="0.12.0",
+         remedy="use FULL_AND_PIECEWISE, which is the default, or vLLM 0.13 or later"),
     Rule("additional_config.xlite_graph_config.enabled",
          lambda facts: of(facts.ascend, "xlite_graph_config", "enabled") or None,
          "its kernels read the whole o_proj weight", host="vllm-ascend"),
@@ -221,10 +230,10 @@ RULES: tuple[Rule, ...] = (
 )  # fmt: skip
 
 
-def check(facts: Facts, settings: Settings, host: str, version: str, graph_rows: int) -> None:
+def check(facts: Facts, settings: Settings, versions: Mapping[str, str], graph_rows: int) -> None:
     """Refuse a configuration that cannot be served.
 
-    host: `vllm`, or `vllm-ascend` for the rules of both; version: of vllm-ascend there.
+    versions: of vllm, and of vllm-ascend if it is there.
     graph_rows: largest row count for which a device graph may be captured.
     Raises OprojError (OprojValueError where a value of ours is at fault).
     """
@@ -237,11 +246,12 @@ def check(facts: Facts, settings: Settings, host: str, version: str, graph_rows:
             "accepted are mixture-of-experts models: unset the variable for this model.",
         )
     for rule in RULES:
-        of_ascend = host == rule.host == "vllm-ascend"
-        of_ascend = of_ascend and releases.applies(version, rule.since, rule.until)
-        value = rule.found(facts) if rule.host == "vllm" or of_ascend else None
+        version = versions.get(rule.host)
+        if version is None or not releases.applies(version, rule.since, rule.until):
+            continue
+        value = rule.found(facts)
         if value is not None:
-            of_release = f" of vllm-ascend {version}" if of_ascend and rule.until else ""
+            of_release = f" of {rule.host} {version}" if rule.until else ""
             raise OprojError(
                 "OPROJ015",
                 f"{TOGGLE} is {settings.size}, and {rule.option}{of_release} is {value}: "

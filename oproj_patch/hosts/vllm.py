@@ -81,7 +81,7 @@ class Vllm(Host):
     def check(self, config: Any, settings: Settings) -> None:
         """Raise OprojError for a VllmConfig that cannot be served."""
         facts, rows = refusals.Facts(config), self.graph_rows(config)
-        refusals.check(facts, settings, self.name, self.versions["vllm"], rows)
+        refusals.check(facts, settings, self.versions, rows)
 
     def graph_rows(self, config: Any) -> int:
         """Return the largest row count for which a device graph may be captured; 0: none is."""

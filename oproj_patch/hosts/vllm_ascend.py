@@ -94,7 +94,7 @@ class VllmAscend(Vllm):
 
     def check(self, config: Any, settings: Settings) -> None:
         facts, rows = refusals.Facts(config, _ascend_config()), self.graph_rows(config)
-        refusals.check(facts, settings, self.name, self.version, rows)
+        refusals.check(facts, settings, self.versions, rows)
 
     def capturing(self) -> bool:
         if self._npu is None:

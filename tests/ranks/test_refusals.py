@@ -247,7 +247,7 @@ def test_refusal(told: Told, name: str) -> None:
 def test_every_rule_has_a_case(told: Told) -> None:
     sentences = [told(name) for name in CASES]
     for rule in refusals.RULES:
-        if rule.host != "vllm" or rule.option == "VLLM_USE_V1":  # of releases up to 0.10.2
+        if rule.host != "vllm" or rule.option == "VLLM_USE_V1" or rule.until:  # of old releases
             continue
         assert any(rule.option in found and rule.why in found for found in sentences), rule
 
