@@ -52,9 +52,11 @@ class Shard:
     label: the name, in the type in which the custom op takes it.
     traceable: a graph compiler traces the layer as plain collectives, see `HostPass`.
     kept, saved: bytes of the parameters on this rank, and what the unsharded layer had more.
+    cut: names of the parameters that are cut along the input.
     description: what must be equal on all ranks.
     leads: ranks that agree on row counts do it anew at this layer.
-    plan: see `exchange.Plan`; gather_verified: a gather was seen to give what an exchange gives.
+    plan: see `exchange.Plan`; None before the first step.
+    gather_verified: a gather was seen to give what an exchange gives.
     mixes_rows: the quant method lets one row change another's result, so it sees the rows of one
         owner at a time.
     """
@@ -66,13 +68,14 @@ class Shard:
     group: OtpGroup
     host: HostPass
     parallel_state: Any
-    plan: exchange.Plan
+    plan: exchange.Plan | None = None
+    cut: tuple[str, ...] = ()
     kept: int = 0
     saved: int = 0
     description: str = ""
     leads: bool = False
     gather_verified: bool = False
-    mixes_rows: bool = False
+    mixes_rows: bool | None = None
 
     def gemm(self, x: torch.Tensor, counts: Counts = ()) -> torch.Tensor:
         """Multiply x [sum(counts), K/N] by the local shard -> [sum(counts), hidden].
@@ -126,10 +129,10 @@ def construct(
     while name in group.layers:  # a drafter may name its layers as the model does
         count += 1
         name = f"{prefix}#{count}"
-    label_type, plan = host.label_type(), exchange.Plan(group.size, 0, 0, 0, 0, 0, 1)
+    label_type = host.label_type()
     # nn.Module.__setattr__ would look for tables that do not exist before its __init__.
     layer.__dict__["oproj"] = Shard(
-        name, label_type(name), host.traceable(), layer, group, host, parallel_state, plan
+        name, label_type(name), host.traceable(), layer, group, host, parallel_state
     )
     try:
         with LayerScope(parallel_state, group):
@@ -145,6 +148,9 @@ def construct(
             "model with the variable unset, choose a smaller group size or report the model.",
         ) from error
     _check_blocks(layer)
+    # vLLM marks a parameter that is cut along the input dimension; a quant method may replace it.
+    params = layer.named_parameters(recurse=False)
+    layer.oproj.cut = tuple(n for n, p in params if getattr(p, "input_dim", None) is not None)
     _measure(layer)
     _see_own_group_after_loading(layer)
     group.layers[name] = layer
@@ -196,12 +202,14 @@ def check_model(model: Any, group: OtpGroup, built: Sequence[str], attentions: A
 def settle(group: OtpGroup) -> None:
     """Settle every layer's plan, when the weights are as they are served.
 
-    Bytes are measured anew, because a quant method may replace weights while it loads. Called once
-    on every rank, before the ranks compare their layers.
+    Bytes are measured anew, because a quant method may replace weights while it loads. Called on
+    every rank before the ranks compare their layers, and again when a layer was built since.
     """
     group.main_layers = group.main_layers or len(group.layers)
     for index, layer in enumerate(group.layers.values()):
         shard = layer.oproj
+        if shard.plan is not None:
+            continue
         if all(p.numel() for p in layer.parameters(recurse=False)):  # a CPU empties what it packs
             _measure(layer)
         least = weight_gather.threshold(layer, group)
@@ -319,13 +327,13 @@ def _run(x: torch.Tensor, name: str) -> torch.Tensor:
     """Implement the custom op."""
     group = otp_group.require(name)
     layer = group.layers[name]
-    if not group.checked:
+    if layer.oproj.plan is None:
         # No call after loading is made by every loader on every rank; a forward pass is.
         settle(group)
         layer.oproj.host.before_first_step(group)
         exchange.reserve(group, x)
-        for other in group.layers.values():
-            other.oproj.mixes_rows = _mixes_rows(other, x)
+    if layer.oproj.mixes_rows is None:
+        layer.oproj.mixes_rows = _mixes_rows(layer, x)
     return exchange.run(layer, x)
 
 
@@ -384,9 +392,8 @@ def _measure(layer: Any) -> None:
     ways = shard.group.layer_tp.world_size // shard.group.tp_size
     params = list(layer.named_parameters(recurse=False))
     sizes = {name: param.numel() * param.element_size() for name, param in params}
-    cut = [name for name, param in params if getattr(param, "input_dim", None) is not None]
     shard.kept = sum(sizes.values())
-    shard.saved = sum(sizes[name] for name in cut) * (ways - 1)
+    shard.saved = sum(sizes.get(name, 0) for name in shard.cut) * (ways - 1)
     shard.description = " ".join(
         [type(layer.quant_method).__name__]
         + [f"{name}:{tuple(param.shape)}:{param.dtype}" for name, param in params]

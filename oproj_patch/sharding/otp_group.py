@@ -79,7 +79,7 @@ class OtpGroup:
         after it are a drafter's.
     counts: what the ranks agreed on at the first layer of this forward pass.
     steps: steps run so far; gathers: how many of them gathered the weight.
-    checked: the ranks have compared their layers; complete: no layer built from now on is sharded.
+    complete: no layer built from now on is sharded.
     buffers: memory that all layers share; views: parts of it, for row counts seen before.
     """
 
@@ -99,7 +99,6 @@ class OtpGroup:
     counts: Counts | None = None
     steps: int = 0
     gathers: int = 0
-    checked: bool = False
     complete: bool = False
     buffers: dict[Any, torch.Tensor] = field(default_factory=dict)
     views: dict[Any, torch.Tensor] = field(default_factory=dict)
@@ -224,7 +223,7 @@ def destroy() -> None:
 
 
 def check_layers(group: OtpGroup) -> None:
-    """Compare the sharded layers of the group's ranks. Runs once, before the first step.
+    """Compare the sharded layers of the group's ranks, before the first step of any of them.
 
     A digest goes over the group itself, because there the end of a peer is noticed at once and
     the group's timeout holds. Only when digests differ do the ranks tell each other their layers.
@@ -248,7 +247,6 @@ def check_layers(group: OtpGroup) -> None:
             store(), f"{group.store_key}/layers", dist.get_rank(), group.ranks, {"layers": text},
             group.settings.handshake_seconds, agreement.same_layers,
         )  # fmt: skip
-    group.checked = True
 
 
 class LayerScope:
