@@ -18,7 +18,7 @@ CODES: dict[str, str] = {
     "OPROJ010": "the toggle was changed while sharded layers exist",
     "OPROJ011": "the ranks of a group do not agree on settings or versions",
     "OPROJ012": "the ranks of a group built different sharded layers",
-    "OPROJ013": "the ranks of a group reached different exchanges, or one did not arrive",
+    "OPROJ013": "the ranks of a group reached different steps, or one did not arrive",
     "OPROJ014": "the row counts of a forward pass are not what the host announced",
     "OPROJ015": "a feature that cannot be combined with a sharded o_proj is configured",
     "OPROJ016": "the host's built-in o_proj sharding is configured as well",

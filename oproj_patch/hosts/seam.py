@@ -136,10 +136,12 @@ def undo(installed: Sequence[Installed]) -> None:
 
 
 def _drift(seam: Seam, host: str, what: str) -> OprojError:
-    module = sys.modules.get(seam.module)
-    owner = vars(module).get(seam.path.partition(".")[0]) if module is not None else None
+    name, found = seam.module, sys.modules
+    while name not in found and "." in name:
+        name = name.rpartition(".")[0]
+    owner = getattr(found.get(name), "__dict__", {}).get(seam.path.partition(".")[0])
     # A package may only re-export the class.
-    module = sys.modules.get(getattr(owner, "__module__", ""), module)
+    module = found.get(getattr(owner, "__module__", name), found.get(name))
     where = getattr(module, "__file__", None) or seam.module
     return OprojError(
         "OPROJ008",

@@ -245,14 +245,15 @@ def test_layers_are_refused_by_name_with_a_remedy(here: Here) -> None:
     from vllm_ascend.ops import linear_op
 
     from oproj_patch.hosts import vllm_ascend
+    from oproj_patch.sharding import layer as sharded
 
     config = here.config
     name = "model.layers.30.self_attn.o_proj"
     config.quant_config = _quant_config({f"{name}.weight": "W4A8_DYNAMIC", "group_size": 32})
     layer = RowParallelLinear(256, 32, bias=False, quant_config=config.quant_config, prefix=name)
 
-    def told(wanted: str, code: str = "OPROJ015") -> None:
-        sentence = refused(lambda: vllm_ascend._check_layer(layer))
+    def told(wanted: str, check: Any = vllm_ascend._check_layer, code: str = "OPROJ015") -> None:
+        sentence = refused(lambda: check(layer))
         if not wanted:
             assert sentence == ""
         assert sentence.startswith(f"{code}: OPROJ_TENSOR_PARALLEL_SIZE is " if wanted else "")
@@ -270,7 +271,7 @@ def test_layers_are_refused_by_name_with_a_remedy(here: Here) -> None:
     chosen("SequenceRowParallelOp", 1, "")
     assert layer.custom_op is None
     layer.input_size_per_partition = 40
-    told(f"leaves 40 input columns of {name} on a rank", "OPROJ005")
+    told(f"leaves 40 input columns of {name} on a rank", sharded._check_blocks, "OPROJ006")
     layer.input_size_per_partition = 128
     module = next(
         name
