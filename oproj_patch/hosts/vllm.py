@@ -6,11 +6,13 @@ original and drops it silently. What is traced is the sharded class of `sharding
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib.util
 import inspect
 import itertools
-import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from .._version import __version__
@@ -142,15 +144,14 @@ class Vllm(Host):
         """
         if refusals.of(config, "speculative_config", "method") == "draft_model":
             return False
-        try:
-            from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-        except Exception:  # a build without what the runner needs
+        # Read, not imported: the runner needs kernels that a build may lack.
+        spec = importlib.util.find_spec("vllm.v1.worker.gpu_model_runner")
+        if spec is None or spec.origin is None:
             return False
-        return any(
-            "dummy_run" in function.__code__.co_names
-            for name, function in vars(GPUModelRunner).items()
-            if isinstance(function, types.FunctionType) and name != "_dummy_run"
-        )
+        tree = ast.walk(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
+        functions = (f for f in tree if isinstance(f, ast.FunctionDef) and f.name != "_dummy_run")
+        parts = (part for function in functions for part in ast.walk(function))
+        return any(isinstance(part, ast.Attribute) and part.attr == "dummy_run" for part in parts)
 
     def label_type(self) -> type:
         """Return vLLM's opaque type for layer names, where torch and the release have it (0.20)."""
