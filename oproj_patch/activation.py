@@ -132,6 +132,8 @@ def enable(size: int | str | None = None) -> None:
         os.environ.pop(TOGGLE)
         if before is not None:
             os.environ[TOGGLE] = before
+        elif not status().layers:
+            _withdraw()
         raise
 
 
@@ -228,18 +230,23 @@ def _started() -> _Start:
     if _state.start is not None and _state.start.world() is world:
         return _state.start
     # Weakly, because a process group must end with its world.
-    start = _state.start = _Start(weakref.ref(world))
+    start = _Start(weakref.ref(world))
     settings, equal, refusal = _state.settings, dict[str, str](), _state.refusal
     try:
         if refusal is None:
             settings, equal = _install(_state.host or detect(), get_current_vllm_config())
     except OprojError as error:
         refusal = error
+    except Exception as error:  # told to the others, which would wait for this rank
+        what = f"{type(error).__name__}: {error}"
+        sentence = f"vLLM's modules or configuration cannot be read here ({what}): mend that first."
+        refusal = OprojError("OPROJ008", sentence)
     try:
         start.key = otp_group.agree_to_start(settings, equal, refusal)
     except OprojError as error:
         start.refusal = error
     otp_group.refuse(start.refusal)
+    _state.start = start
     return start
 
 

@@ -42,12 +42,13 @@ def agree(
     store; a rank with a refusal raises that.
     """
     with _store_errors(refusal):
-        store.set(f"{key}/{rank}", json.dumps({**record, "node": socket.gethostname()}))
+        node = socket.gethostname()
         if refusal is not None:
-            told = f"rank {rank} (node {socket.gethostname()}) cannot start: {refusal.sentence}"
+            told = f"rank {rank} (node {node}) cannot start: {refusal.sentence}"
             _write(store, key, OprojError(refusal.code, told), end_others)
             _hear(store, key, rank, ranks, seconds)
             raise refusal
+        store.set(f"{key}/{rank}", json.dumps({**record, "node": node}))
         # With a verdict already there, nobody needs to wait any longer.
         names = {other: f"{key}/{other}" for other in ranks}
         missing = _wait(store, list(names.values()), seconds, f"{key}/verdict")

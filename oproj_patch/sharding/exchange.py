@@ -150,7 +150,7 @@ def buffer(role: str, shape: tuple[int, ...], like: torch.Tensor, group: OtpGrou
     """Return uninitialized memory of `like`'s dtype and device, shared by all layers.
 
     Device graphs replay on the same addresses: `reserve` makes the memory large enough for every
-    captured size before the first capture, so that it never moves afterwards.
+    step before the first capture, so that it never moves afterwards.
     """
     key = (role, shape, like.dtype)
     found = group.views.get(key)
@@ -166,19 +166,22 @@ def buffer(role: str, shape: tuple[int, ...], like: torch.Tensor, group: OtpGrou
 
 
 def reserve(group: OtpGroup, like: torch.Tensor) -> None:
-    """Allocate the three buffers for the largest captured row count on every rank.
+    """Allocate the three buffers for the largest step: a captured one, or a whole part.
 
     like: a tensor of the activations' dtype and device.
     """
     if not group.graph_rows:
         return
-    n, graph_rows = group.size, group.graph_rows
+    n = group.size
     for layer in group.layers.values():
         plan = layer.oproj.plan
         chunk = plan.columns // n
-        buffer("dispatch send", (n, graph_rows, chunk), like, group)
-        buffer("dispatch receive", (n * graph_rows, chunk), like, group)
-        buffer("combine receive", (n, graph_rows, plan.hidden), like, group)
+        a_row = n * max(chunk, plan.hidden) * plan.element_bytes
+        # Rows cannot be cut, so a part may have one row more than its share.
+        most = max(plan.graph_rows, plan.buffer_bytes // a_row + 1)
+        buffer("dispatch send", (n, most, chunk), like, group)
+        buffer("dispatch receive", (n * most, chunk), like, group)
+        buffer("combine receive", (n, most, plan.hidden), like, group)
 
 
 def run_traced(layer: Any, x: torch.Tensor) -> torch.Tensor:

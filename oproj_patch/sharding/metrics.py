@@ -9,19 +9,26 @@ told otherwise); the operator may set it otherwise. Without it nobody could see 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from typing import Any
 
 from .otp_group import OtpGroup
 
+_log = logging.getLogger("vllm.oproj_patch")
+
 
 def publish(group: OtpGroup) -> None:
     """Set the gauges of this worker, if anybody could see them."""
-    gauges = _gauges() if os.environ.get("PROMETHEUS_MULTIPROC_DIR") else {}
     kept, saved = group.totals()
     values = (group.size, len(group.layers), kept, saved)
-    for gauge, value in zip(gauges.values(), values, strict=False):
-        gauge.labels(str(group.ranks[group.rank])).set(value)
+    try:
+        gauges = _gauges() if os.environ.get("PROMETHEUS_MULTIPROC_DIR") else {}
+        for gauge, value in zip(gauges.values(), values, strict=False):
+            gauge.labels(str(group.ranks[group.rank])).set(value)
+    except (OSError, ValueError) as error:
+        # The other ranks would wait for a rank that ends for its metrics.
+        _log.warning("oproj_patch publishes no metrics here: %s", error)
 
 
 @functools.cache

@@ -79,8 +79,9 @@ class OtpGroup:
         after it are a drafter's.
     counts: what the ranks agreed on at the first layer of this forward pass.
     steps: steps run so far; gathers: how many of them gathered the weight.
-    complete: no layer built from now on is sharded.
-    buffers: memory that all layers share; views: parts of it, for row counts seen before.
+    checked: layers that the ranks have compared; complete: no layer built from now on is sharded.
+    buffers: memory that all layers share; outgrown: smaller memory that a graph may hold; views:
+        parts of it, for row counts seen before.
     """
 
     ranks: list[int]
@@ -99,8 +100,10 @@ class OtpGroup:
     counts: Counts | None = None
     steps: int = 0
     gathers: int = 0
+    checked: int = 0
     complete: bool = False
     buffers: dict[Any, torch.Tensor] = field(default_factory=dict)
+    outgrown: list[torch.Tensor] = field(default_factory=list)
     views: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -115,6 +118,8 @@ class OtpGroup:
         """Return `size` or more uninitialized elements, which all layers share."""
         kept = self.buffers.get(key)
         if kept is None or kept.numel() < size:
+            if kept is not None and self.graph_rows:
+                self.outgrown.append(kept)  # a captured graph may still write to it
             # The model writes to it in and out of inference mode: no inference tensor.
             with torch.inference_mode(False):
                 kept = self.buffers[key] = torch.empty(size, dtype=dtype, device=device)
@@ -264,18 +269,23 @@ class LayerScope:
 
     def __enter__(self) -> None:
         state = self.parallel_state
-        state._TP = _OnThisThread(state._TP, self.group.layer_tp)
+        with _exchanging:
+            state._TP = _OnThisThread(state._TP, self.group.layer_tp)
 
     def __exit__(self, *_: object) -> None:
         state, mine = self.parallel_state, threading.get_ident()
-        found = state._TP
-        # Another thread may have put its view on top: then ours passes through until that ends.
-        while type(found) is _OnThisThread and found._thread != mine:
-            found = found._before
-        if type(found) is _OnThisThread:
-            object.__setattr__(found, "_thread", 0)
-        while type(state._TP) is _OnThisThread and not state._TP._thread:
-            state._TP = state._TP._before
+        with _exchanging:
+            found = state._TP
+            # Another thread may have put its view on top: ours passes through until that ends.
+            while type(found) is _OnThisThread and found._thread != mine:
+                found = found._before
+            if type(found) is _OnThisThread:
+                object.__setattr__(found, "_thread", 0)
+            while type(state._TP) is _OnThisThread and not state._TP._thread:
+                state._TP = state._TP._before
+
+
+_exchanging = threading.Lock()
 
 
 class _OnThisThread:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from oproj_patch.sharding import exchange
 from oproj_patch.sharding.exchange import Pattern, Plan
+from oproj_patch.sharding.otp_group import OtpGroup
 
 # DeepSeek-R1's layer on 8 ranks, bfloat16, graphs up to 512 rows.
 R1 = Plan(8, 16384, 7168, 2, 512, 0, 64 << 20)
@@ -65,3 +68,24 @@ def test_the_decision_sees_nothing_that_one_rank_knows_alone() -> None:
     """Its inputs are the counts of the pass and what the ranks compared before the first step."""
     assert list(inspect.signature(exchange.decide).parameters) == ["counts", "plan"]
     assert all(isinstance(value, int) for value in R1)
+
+
+@pytest.mark.parametrize("graph_rows", [8, 512])
+@given(st.lists(st.integers(0, 3000), min_size=4, max_size=4))
+def test_no_step_needs_more_memory_than_is_reserved(graph_rows: int, counts: list[int]) -> None:
+    """A captured graph holds the addresses of the buffers, so they never move after `reserve`."""
+    plan = Plan(4, 64, 40, 4, graph_rows, 0, 20_000)
+    group: Any = OtpGroup([0, 1, 2, 3], 0, 0, [0], 0, None, None, None, None, "", graph_rows)
+    group.layers["o_proj"] = SimpleNamespace(oproj=SimpleNamespace(plan=plan))
+    x = torch.empty(1, 64)
+    exchange.reserve(group, x)
+    before = {key: memory.data_ptr() for key, memory in group.buffers.items()}
+    parts = exchange.decide(tuple(counts), plan).parts
+    for part in range(parts):
+        some = [c * (part + 1) // parts - c * part // parts for c in counts]
+        for mine in some:  # on each rank
+            exchange.buffer("dispatch send", (4, mine, 16), x, group)
+            exchange.buffer("dispatch receive", (sum(some), 16), x, group)
+            exchange.buffer("combine receive", (4, mine, 40), x, group)
+    assert {key: memory.data_ptr() for key, memory in group.buffers.items()} == before
+    assert group.outgrown == []
