@@ -87,7 +87,7 @@ class Shard:
         # Some quant methods decide by rank at this time what is added once (vllm-ascend's W8A8).
         with LayerScope(self.parallel_state, self.group):
             if self.mixes_rows and len(counts) > 1:
-                blocks = [rows for rows in x.split(list(counts)) if rows.shape[0]]
+                blocks = [rows for rows in x.split(list(counts)) if rows.shape[0]] or [x]
                 return torch.cat([layer.quant_method.apply(layer, b, bias) for b in blocks])
             output: torch.Tensor = layer.quant_method.apply(layer, x, bias)
         return output
