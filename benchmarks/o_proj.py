@@ -74,9 +74,12 @@ FULL = (
 
 
 def measure(
-    shape: str, ranks: int, dtype: str, counts: list[list[int]], gemm: bool, seconds: float
+    shape: str, ranks: int, dtype: str, counts: list[list[int]], gemm: bool, seconds: float, pairs: int
 ) -> dict[str, Any]:
-    """Body of a rank: its seconds for every case, contender and repetition, and bytes sent."""
+    """Body of a rank: its seconds for every case, contender and repetition, and bytes sent.
+
+    pairs: unless 0, only the built-in and ours take turns, at least so many times.
+    """
     import torch
     import torch.distributed as dist
 
@@ -116,6 +119,8 @@ def measure(
             if not gemm:
                 del calls["unsharded"], calls["gemm"]
                 calls["weight_gather"] = functools.partial(_gather, layers["oproj_patch"])
+            if pairs:
+                calls = {name: calls[name] for name in clock if name in calls}
             with _forward_context(config, rank, case):
                 sent = {
                     name: _bytes_sent(call, ranks, rank)
@@ -123,7 +128,7 @@ def measure(
                     if name not in ("unsharded", "gemm")
                 }
                 errors = _errors(calls, x, layers["whole"]) if _checks(case, gemm, dtype) else {}
-                times, outside = _time(calls, clock, seconds)
+                times, outside = _time(calls, clock, seconds, pairs)
             for one in clock.values():
                 one.stop()
             results.append({"sent": sent, "seconds": times, "outside": outside, "errors": errors})
@@ -276,7 +281,7 @@ class _Clock:
 
 
 def _time(
-    calls: dict[str, Callable[[], Any]], clocks: dict[str, _Clock], seconds: float
+    calls: dict[str, Callable[[], Any]], clocks: dict[str, _Clock], seconds: float, pairs: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Seconds per call of every repetition, and the part of it spent outside of the GEMM.
 
@@ -301,7 +306,7 @@ def _time(
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     one = float(slowest)
     length = max(1, min(61, int(0.25 / one)))
-    repetitions = max(3, min(40, int(seconds / (one * length * len(calls)))))
+    repetitions = max(pairs or 3, min(40, int(seconds / (one * length * len(calls)))))
     times: dict[str, list[float]] = {name: [] for name in calls}
     outside: dict[str, list[float]] = {name: [] for name in clocks if name in calls}
     order = list(calls)
@@ -419,7 +424,7 @@ def summarise(run: Run, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         sharded = ("builtin", "oproj_patch")
         communication = {
-            name: seconds[name] - seconds.get("gemm", 0.0) for name in sharded if name in seconds
+            name: seconds[name] - seconds.get("gemm", 0.0) for name in sharded if seconds.get(name)
         }
         sent = {name: sum(t["sent"][name] for t in told) for name in told[0]["sent"]}
         size = {"float32": 4}.get(run.dtype, 2)
@@ -483,8 +488,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         cells = [result["shape"], result["ranks"], result["dtype"], rows]
         if result["gemm_left_out"]:
             names = ("builtin", "oproj_patch", "weight_gather")
-            cells += [ms(seconds[name]) for name in names]
-            cells += [number(ratio(seconds)), *(mib(sent[name]) for name in names)]
+            cells += [ms(seconds.get(name)) for name in names]
+            cells += [number(ratio(seconds)), *(mib(sent.get(name)) for name in names)]
         else:
             cells += [ms(seconds[name]) for name in CONTENDERS]
             cells += [
@@ -541,7 +546,9 @@ def plot(results: Sequence[dict[str, Any]], path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def execute(run: Run, seconds: float, ascend: str = "") -> tuple[list[dict[str, Any]], str]:
+def execute(
+    run: Run, seconds: float, ascend: str = "", pairs: int = 0
+) -> tuple[list[dict[str, Any]], str]:
     """Measure one run; returns its results and what the built-in contender was.
 
     ascend: release of vllm-ascend whose wheel, and vLLM's for it, are put before the installed one.
@@ -557,7 +564,7 @@ def execute(run: Run, seconds: float, ascend: str = "") -> tuple[list[dict[str, 
 
     told = launch.run(
         run.ranks,
-        functools.partial(o_proj.measure, **asdict(run), seconds=seconds),
+        functools.partial(o_proj.measure, **asdict(run), seconds=seconds, pairs=pairs),
         fresh=True,
         seconds=1800,
         env=host
@@ -601,6 +608,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--ascend", metavar="RELEASE", default="", help="take the built-in from vllm-ascend's wheel"
     )
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=0,
+        metavar="COUNT",
+        help="only the built-in and oproj_patch, by turns, at least so many times",
+    )
     parser.add_argument("--seconds", type=float, default=6.0, help="per case (default 6)")
     parser.add_argument(
         "--saved", metavar="FILE", nargs="+", help="show the JSON of earlier runs, measure nothing"
@@ -618,7 +632,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for run in selected(args):
             what = f"{run.shape}, {run.ranks} ranks, {run.dtype}: {len(run.counts)} cases"
             print(what, file=sys.stderr, flush=True)
-            found, label = execute(run, args.seconds, args.ascend)
+            found, label = execute(run, args.seconds, args.ascend, args.pairs)
             results += found
     if args.plot:
         plot(results, args.plot)

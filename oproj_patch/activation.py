@@ -241,6 +241,7 @@ def _started() -> _Start:
         what = f"{type(error).__name__}: {error}"
         sentence = f"vLLM's modules or configuration cannot be read here ({what}): mend that first."
         refusal = OprojError("OPROJ008", sentence)
+        refusal.__cause__ = error
     try:
         start.key = otp_group.agree_to_start(settings, equal, refusal)
     except OprojError as error:
@@ -260,7 +261,7 @@ def _install(host: Any, config: Any) -> tuple[Settings, dict[str, str]]:
     host.settings = settings = resolved(_state.settings, config)
     host.check_version(settings)
     if _state.host is None:
-        _state.installed += install(host.seams(), str(host))
+        _state.installed += install(host.seams(config), str(host))
         _state.host = host
     host.check(config, settings)
     versions = {f"the version of {name}": version for name, version in host.versions.items()}

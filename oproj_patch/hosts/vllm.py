@@ -40,8 +40,11 @@ class Vllm(Host):
     _metadata: Any = None
     _counts: Counts | None = None
 
-    def seams(self) -> tuple[Seam, ...]:
-        """Return what is patched, group creation excepted, which `activation` wraps."""
+    def seams(self, config: Any) -> tuple[Seam, ...]:
+        """Return what is patched, group creation excepted, which `activation` wraps.
+
+        config: vLLM's VllmConfig, or None where it is not known.
+        """
 
         def model_built(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
             config = inspect.signature(wrapped).bind(*args, **kwargs).arguments["vllm_config"]

@@ -76,21 +76,21 @@ class VllmAscend(Vllm):
     def version(self) -> str:
         return self.versions[self.name]
 
-    def seams(self) -> tuple[Seam, ...]:
+    def seams(self, config: Any) -> tuple[Seam, ...]:
         tested = releases.untested(self.versions["vllm"], self.version) == ""
         own = []
         for entry in registry(self):
             if entry.module.startswith(TORCHAIR) and refusals.torchair(_ascend_config()) is None:
                 continue  # vllm-ascend imports these modules, and torchair, only in that mode
             # Importing this module replaces DeepSeek's decoder constructor by V3.2's.
-            if entry.module == SPARSE and not _builds_sparse():
+            if entry.module == SPARSE and not _builds_sparse(config):
                 continue
             if releases.applies(self.version, entry.since, entry.until):
                 own.append(entry)
             elif not tested:
                 # The user said not to trust the number: what is there is wrapped.
                 own.append(replace(entry, required=False))
-        return (*super().seams(), *own)
+        return (*super().seams(config), *own)
 
     def check(self, config: Any, settings: Settings) -> None:
         facts, rows = refusals.Facts(config, _ascend_config()), self.graph_rows(config)
@@ -221,9 +221,7 @@ def _ascend_config() -> Any:
     return ascend_config._ASCEND_CONFIG
 
 
-def _builds_sparse() -> bool:
+def _builds_sparse(config: Any) -> bool:
     """Tell whether vllm-ascend builds the model from its own module for V3.2 (no torchair)."""
-    from vllm.config import get_current_vllm_config
-
-    names = refusals.of(get_current_vllm_config(), "model_config", "hf_config", "architectures")
+    names = refusals.of(config, "model_config", "hf_config", "architectures")
     return refusals.torchair(_ascend_config()) is None and "DeepseekV32ForCausalLM" in (names or ())

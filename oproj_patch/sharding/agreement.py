@@ -41,13 +41,14 @@ def agree(
     Every rank raises the same sentence, because the first rank to judge writes its verdict to the
     store; a rank with a refusal raises that.
     """
-    with _store_errors(refusal):
+    with store_errors(refusal):
         node = socket.gethostname()
         if refusal is not None:
             told = f"rank {rank} (node {node}) cannot start: {refusal.sentence}"
             _write(store, key, OprojError(refusal.code, told), end_others)
             _hear(store, key, rank, ranks, seconds)
             raise refusal
+        deadline = time.monotonic() + seconds
         store.set(f"{key}/{rank}", json.dumps({**record, "node": node}))
         # With a verdict already there, nobody needs to wait any longer.
         names = {other: f"{key}/{other}" for other in ranks}
@@ -58,12 +59,16 @@ def agree(
         }
         code, sentence = _write(store, key, verdict(records), end_others)
         if code:
-            _hear(store, key, rank, [other for other in ranks if records[other] is not None])
+            # Who has not come by the deadline will not; where a verdict ended the wait, it may.
+            late = time.monotonic() >= deadline
+            heard = [other for other in ranks if not late or records[other] is not None]
+            _hear(store, key, rank, heard, HEARD_SECONDS if late else seconds)
             raise OprojError(code, sentence)
 
 
 @contextlib.contextmanager
-def _store_errors(refusal: OprojError | None) -> Iterator[None]:
+def store_errors(refusal: OprojError | None) -> Iterator[None]:
+    """Raise `refusal`, or else OprojError, where the store ends while it is used."""
     try:
         yield
     except OprojError:
@@ -88,7 +93,7 @@ def _write(
 
 
 def _hear(
-    store: Any, key: str, rank: int, ranks: Sequence[int], seconds: float = HEARD_SECONDS
+    store: Any, key: str, rank: int, ranks: Sequence[int], seconds: float
 ) -> None:
     """Wait until `ranks` heard the verdict, because the store ends with the rank that holds it."""
     with contextlib.suppress(RuntimeError):  # the store has ended; this rank knows the verdict

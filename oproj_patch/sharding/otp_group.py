@@ -167,7 +167,8 @@ def agree_to_start(settings: Settings, equal: Mapping[str, str], refusal: OprojE
     """
     rank, world = dist.get_rank(), range(dist.get_world_size())
     # Number this start: one process may serve several engines in turn.
-    key = f"oproj_patch/{store().add(f'oproj_patch/starts/{rank}', 1)}"
+    with agreement.store_errors(refusal):
+        key = f"oproj_patch/{store().add(f'oproj_patch/starts/{rank}', 1)}"
     record, seconds = {**settings.shared(), **equal}, settings.handshake_seconds
     agreement.agree(
         store(), f"{key}/settings", rank, world, record, seconds,

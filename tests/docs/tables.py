@@ -24,7 +24,7 @@ def seams() -> str:
     from oproj_patch import activation
     from oproj_patch.hosts import ascend_option, vllm, vllm_ascend
 
-    upstream = (activation.group_seam(), *vllm.Vllm({}).seams())
+    upstream = (activation.group_seam(), *vllm.Vllm({}).seams(None))
     own = vllm_ascend.registry(vllm_ascend.VllmAscend({}))
     ascend = (ascend_option.seam(Settings(size=2)), *own)
     rows: dict[tuple[str, str], list[str]] = {}

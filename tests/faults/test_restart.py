@@ -40,7 +40,7 @@ def test_engines_come_and_go() -> None:
             print(life)
             assert life["layers"] == demo_model.NUM_LAYERS and life["exchanges"] > 0
             assert life["tokens"] == of_rank[0]["tokens"]
-            assert (life["ranks"], life["groups"], life["objects"]) == ([], 0, 0)
+            assert (life["ranks"], life["groups"], life["objects"]) == ((), 0, 0)
         for what in ("files", "threads"):
             assert of_rank[-1][what] <= max(life[what] for life in of_rank[:2]), what
         sizes = [life["rss"] for life in of_rank]

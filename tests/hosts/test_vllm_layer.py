@@ -171,7 +171,7 @@ class Seams:
         # Only the hook is there yet: the original is what it wraps.
         self.originals: dict[str, tuple[Any, str, Any]] = {}
         host = vllm.Vllm({"vllm": "", "oproj_patch": ""})
-        for seam in (activation.group_seam(), *host.seams()):
+        for seam in (activation.group_seam(), *host.seams(None)):
             found = registry.resolve(seam, "")
             assert found is not None
             self.originals[seam.symbol] = (found[0], found[1], _unhooked(found[2]))

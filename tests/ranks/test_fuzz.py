@@ -193,4 +193,4 @@ def _right(layout: Layout, example: dict[str, Any]) -> None:
             assert worst <= TOLERANCE[example["dtype"]], (step, worst, example)
     group = otp_group.require(O_PROJ)
     group.layers.clear()
-    assert group.exchanges - before == len(example["rows"])
+    assert group.steps - before == len(example["rows"])
