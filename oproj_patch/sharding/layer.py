@@ -1,8 +1,8 @@
 """The sharded layer: which o_proj it is, how it is constructed, loaded and applied.
 
 vLLM builds, loads, quantizes and applies the layer itself; while it does, it sees the layer's own
-tensor-parallel group (`otp_group.LayerScope`). Here is only what turns an instance into such a
-layer: a subclass made on the fly, so that layers that are not an o_proj are not touched at all.
+tensor-parallel group (`otp_group.LayerScope`). An o_proj gets a subclass made on the fly, so that
+no other layer is touched.
 """
 
 from __future__ import annotations
@@ -48,17 +48,16 @@ def is_o_proj(prefix: str) -> bool:
 class Shard:
     """What a sharded layer carries beside vLLM's own attributes.
 
-    name: key of the layer in its group, unique in this process.
-    label: the name, in the type in which the custom op takes it.
+    name: key of the layer in its group; label: the name, as the custom op takes it.
     traceable: a graph compiler traces the layer as plain collectives, see `HostPass`.
-    kept, saved: bytes of the parameters on this rank, and what the unsharded layer had more.
+    plan: see `exchange.Plan`; None before the first step.
     cut: names of the parameters that are cut along the input.
+    kept, saved: bytes of the parameters on this rank, and what the unsharded layer had more.
     description: what must be equal on all ranks.
     leads: ranks that agree on row counts do it anew at this layer.
-    plan: see `exchange.Plan`; None before the first step.
     gather_verified: a gather was seen to give what an exchange gives.
-    mixes_rows: the quant method lets one row change another's result, so it sees the rows of one
-        owner at a time.
+    mixes_rows: one row changes another's result in the quant method, which then gets the rows of
+        one owner at a time.
     """
 
     name: str
@@ -113,9 +112,8 @@ def construct(
     init: Callable[..., None], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
     group: OtpGroup, parallel_state: Any, host: HostPass,
 ) -> None:  # fmt: skip
-    """Run the host's `layer.__init__` so that `layer` becomes a sharded o_proj.
+    """Run `init`, the host's constructor bound to `layer`, so that `layer` becomes a sharded o_proj.
 
-    init: the bound original constructor, called with args and kwargs as given.
     Raises OprojError when the input dimension cannot be divided or the host refuses.
     """
     given = inspect.signature(init).bind(*args, **kwargs)
@@ -170,12 +168,11 @@ def require_sharded(owner: Any, prefix: str) -> None:
 
 
 def check_model(model: Any, group: OtpGroup, built: Sequence[str], attentions: Any) -> None:
-    """Check the layers that were sharded while `model` was built.
+    """Check the layers `built` (keys in the group) that were sharded while `model` was built.
 
-    built: their keys in the group; attentions: the host's layers with a KV cache by prefix
-        (`static_forward_context`), other layers may be among them.
-    Raises OprojError when neither `model` nor one built before it has a sharded layer, or when
-    one of `built` does not belong to a decoder's attention.
+    attentions: the host's layers by prefix, those with a KV cache among them.
+    Raises OprojError when the process has no sharded layer, or when one of `built` does not
+    belong to a decoder's attention.
     """
     if not group.layers:
         raise OprojError(
@@ -200,10 +197,9 @@ def check_model(model: Any, group: OtpGroup, built: Sequence[str], attentions: A
 
 
 def settle(group: OtpGroup) -> None:
-    """Settle every layer's plan, when the weights are as they are served.
+    """Settle the plan of every layer that has none, when the weights are as they are served.
 
-    Bytes are measured anew, because a quant method may replace weights while it loads. Called on
-    every rank before the ranks compare their layers, and again when a layer was built since.
+    Bytes are measured anew, because a quant method may replace weights while it loads.
     """
     group.main_layers = group.main_layers or len(group.layers)
     for index, layer in enumerate(group.layers.values()):
@@ -303,10 +299,9 @@ _library: torch.library.Library | None = None
 def _register_op(label: type) -> None:
     """Define `torch.ops.oproj_patch.o_proj(x, layer, hidden)` once.
 
-    It is defined through a Library, because a call costs 4 us then, and 11 us through
-    torch.library.custom_op.
-    label: type of the argument `layer`: `str`, or the host's opaque type for layer names with
-    the name in its `value`, which keeps the graphs of equal layers equal (one compilation).
+    A Library's op costs 4 us a call, one of torch.library.custom_op 11.
+    label: type of the argument `layer`: `str`, or the host's opaque type with the name in its
+        `value`, which keeps the graphs of equal layers equal (one compilation).
     """
     global _library
     if _library is not None:
