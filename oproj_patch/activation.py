@@ -1,9 +1,9 @@
 """Activation, its undoing, and the programmatic interface.
 
-Activation is two steps. First, whenever the package is imported or its entry point is called, only
-`parallel_state.init_model_parallel_group` is wrapped. Then, when vLLM creates its first group, the
-ranks agree on the start and every other seam is installed: by then the host has applied its own
-patches, all its modules can be imported, and processes that never build a model stay untouched.
+The import of the package, or its entry point, wraps `parallel_state.init_model_parallel_group`
+only. When vLLM creates its first group, the ranks agree on the start, and every other seam is
+installed: by then the host has applied its own patches, and a process that builds no model stays
+untouched.
 """
 
 from __future__ import annotations
@@ -33,11 +33,10 @@ WRAP_AFTER = "vllm.distributed"
 class Status:
     """What is active in this process.
 
-    enabled: the toggle is on here; size: the otp group size, 0 when off or not yet known.
-    versions: host name -> version, once seams are installed; seams: patched symbols.
-    otp_ranks: global ranks of this process's otp group; layers: sharded layers.
-    bytes_kept, bytes_saved: bytes of their parameters on this rank, and what it would hold
-        in addition without the shim.
+    enabled: the toggle is on; size: the otp group size, 0 when off or not yet known.
+    versions: distribution -> version, once seams are installed; seams: patched symbols.
+    otp_ranks: global ranks of this process's otp group; layers: sharded layers; bytes_kept,
+        bytes_saved: of their parameters on this rank, and what it would hold more unsharded.
     exchanges: steps of o_proj layers run so far (a graph replay is not counted).
     """
 
@@ -81,8 +80,8 @@ _ray = ExitStack()
 def activate() -> None:
     """Do what the environment asks for. Idempotent; off is a no-op.
 
-    Raises OprojValueError when a variable is not understood, OprojError when the toggle was
-    changed while sharded layers exist.
+    Raises OprojValueError when a variable is not understood, OprojError when the toggle changed
+    while sharded layers exist.
     """
     try:
         wanted = settings_module.read()
@@ -105,20 +104,15 @@ def activate() -> None:
 
 
 def plugin_loaded() -> None:
-    """Do what vLLM's plugin loader wants: `activate`, and let vLLM copy our variables to Ray.
-
-    Raises as `activate` does.
-    """
+    """Do what vLLM's plugin loader wants: `activate`, and let vLLM copy our variables to Ray."""
     activate()
     _ray.callback(launch_env.add_to_ray(os.environ))
 
 
 def enable(size: int | str | None = None) -> None:
-    """Turn the shim on in this process and in those it starts.
+    """Turn the shim on in this process and in those it starts. Raises as `activate` does.
 
     size: the group size or "auto", written to the toggle; None keeps the toggle as it is.
-    Raises OprojValueError when the size is not understood, OprojError when sharded layers of
-    another size exist.
     """
     if size is None:
         activate()
@@ -168,12 +162,12 @@ def status() -> Status:
 
 def group_seam() -> Seam:
     """Return the one seam that is installed before vLLM creates its groups."""
-    why = (
+    return Seam(
+        PARALLEL_STATE, "init_model_parallel_group", _group_created,
         "agree on a start and create the otp group; every caller that creates groups comes "
-        "through it, with the rank lists of the whole world"
-    )
-    parameters = ("group_ranks", "backend", "group_name")
-    return Seam(PARALLEL_STATE, "init_model_parallel_group", _group_created, why, parameters)
+        "through it, with the rank lists of the whole world",
+        ("group_ranks", "backend", "group_name"),
+    )  # fmt: skip
 
 
 def _wrap_group_creation() -> None:
@@ -187,10 +181,8 @@ def _wrap_group_creation() -> None:
 
 
 def _wrap(_: Any) -> None:
-    """Wrap group creation. Called now, or by wrapt when vLLM's module has been imported."""
     _state.waiting = False
-    wanted = _state.settings.enabled or _state.refusal is not None
-    if wanted and not _state.installed:
+    if (_state.settings.enabled or _state.refusal) and not _state.installed:
         _state.installed = install([group_seam()], f"vllm {vllm_version()}")
 
 
@@ -210,9 +202,10 @@ def _group_created(create: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _started() -> _Start:
-    """Return this start of process groups; begin one when there is none in this world.
+    """Return this start of process groups.
 
-    To begin is to read the configuration, to install the seams, and to agree with every rank.
+    The first call in a world reads the configuration, installs the seams, and agrees with every
+    rank.
     """
     from torch import distributed
 
@@ -252,7 +245,7 @@ def _started() -> _Start:
 
 
 def _install(host: Any, config: Any) -> tuple[Settings, dict[str, str]]:
-    """Check what can be checked on this rank alone, and install every seam but the first.
+    """Check what this rank can check alone, and install every seam but the first.
 
     Returns the resolved settings, and by name what must be equal on all ranks.
     """

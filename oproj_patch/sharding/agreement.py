@@ -34,12 +34,10 @@ def agree(
 
     store: a torch.distributed store that all of `ranks` reach; key: unique to this agreement.
     seconds: deadline for all records to arrive.
-    verdict: judges the records; returns the error to raise, or None.
+    verdict: judges the records; returns the error to raise, or None. Every rank raises the same,
+        because the first rank to judge writes its verdict to the store.
     refusal: why this rank cannot take part; it is the verdict then, and nobody waits.
     end_others: called on the one rank that writes a bad verdict, for ranks that do not read it.
-
-    Every rank raises the same sentence, because the first rank to judge writes its verdict to the
-    store; a rank with a refusal raises that.
     """
     with store_errors(refusal):
         node = socket.gethostname()
@@ -92,9 +90,7 @@ def _write(
     return settled
 
 
-def _hear(
-    store: Any, key: str, rank: int, ranks: Sequence[int], seconds: float
-) -> None:
+def _hear(store: Any, key: str, rank: int, ranks: Sequence[int], seconds: float) -> None:
     """Wait until `ranks` heard the verdict, because the store ends with the rank that holds it."""
     with contextlib.suppress(RuntimeError):  # the store has ended; this rank knows the verdict
         store.set(f"{key}/heard/{rank}", "1")

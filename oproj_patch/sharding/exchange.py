@@ -31,10 +31,10 @@ MOST_VIEWS = 1024
 class Plan(NamedTuple):
     """What is settled about a layer before its first step; equal on all ranks of the group.
 
-    size: N; columns: K; hidden: outputs; element_bytes: of an activation.
+    size: N; columns: K; hidden: outputs; element_bytes: of an activation; buffer_bytes: of one
+        shared buffer.
     graph_rows: row count up to which a device graph may be captured (0: no graphs).
     gather_from: rows on every rank from which the weight is gathered; 0: never.
-    buffer_bytes: of one shared buffer.
     """
 
     size: int
@@ -56,9 +56,9 @@ class Pattern(NamedTuple):
 def decide(counts: Counts, plan: Plan) -> Pattern:
     """Decide how a step communicates, from facts that are equal on all ranks of the group.
 
-    Nothing that one rank knows alone (capturing, replaying, eager, idle, profiling) may enter: a
-    replaying rank runs no Python, so it cannot follow another decision. Up to `graph_rows` there
-    is one pattern: one all-to-all out, one back.
+    Nothing that one rank knows alone (capturing, replaying, eager, idle, profiling) may enter,
+    because a replaying rank runs no Python. Up to `graph_rows` there is one pattern: one
+    all-to-all out, one back.
     """
     if max(counts) <= plan.graph_rows:
         return Pattern(False, 1)
@@ -70,7 +70,6 @@ def decide(counts: Counts, plan: Plan) -> Pattern:
 def run(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """Run one step of a sharded o_proj: x [..., K] -> [..., hidden], same dtype.
 
-    layer: a sharded layer whose ranks have compared their layers; see `layer.Shard`.
     Raises OprojError when row counts or, in debug mode, the ranks' places differ, and when a rank
     does not take part within the group's timeout.
     """
@@ -149,8 +148,7 @@ def add_up(parts: torch.Tensor) -> torch.Tensor:
 def buffer(role: str, shape: tuple[int, ...], like: torch.Tensor, group: OtpGroup) -> torch.Tensor:
     """Return uninitialized memory of `like`'s dtype and device, shared by all layers.
 
-    Device graphs replay on the same addresses: `reserve` makes the memory large enough for every
-    step before the first capture, so that it never moves afterwards.
+    A graph replays on the same addresses; `reserve` makes it large enough before the first capture.
     """
     key = (role, shape, like.dtype)
     found = group.views.get(key)
@@ -166,9 +164,9 @@ def buffer(role: str, shape: tuple[int, ...], like: torch.Tensor, group: OtpGrou
 
 
 def reserve(group: OtpGroup, like: torch.Tensor) -> None:
-    """Allocate the three buffers for the largest step: a captured one, or a whole part.
+    """Allocate the three buffers, typed `like` the activations, for the largest step.
 
-    like: a tensor of the activations' dtype and device.
+    That is a captured one, or a whole part of a step that is cut.
     """
     if not group.graph_rows:
         return

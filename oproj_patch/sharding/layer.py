@@ -112,7 +112,7 @@ def construct(
     init: Callable[..., None], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
     group: OtpGroup, parallel_state: Any, host: HostPass,
 ) -> None:  # fmt: skip
-    """Run `init`, the host's constructor bound to `layer`, so that `layer` becomes a sharded o_proj.
+    """Run `init`, the host's bound constructor, so that `layer` becomes a sharded o_proj.
 
     Raises OprojError when the input dimension cannot be divided or the host refuses.
     """

@@ -68,20 +68,17 @@ class LayerTPGroup:
 class OtpGroup:
     """The otp group of this process.
 
-    ranks: its global ranks; rank: this process's place among them.
-    dp_start: place of its first member in vLLM's data-parallel group.
+    ranks: its global ranks; rank: this process's place among them; dp_start: place of its first
+        member in vLLM's data-parallel group.
     tp_ranks: global ranks of this process's tensor-parallel group; tp_rank: its place there.
     device_group, cpu_group: process groups over `ranks` (the same object on gloo).
-    layer_tp: see `LayerTPGroup`.
-    graph_rows: largest row count for which a device graph may be captured; 0: no graphs. Up to it
-        there is one pattern of communication.
-    layers: sharded layers by name; main_layers: how many of them belong to the first model, those
-        after it are a drafter's.
+    graph_rows: see `exchange.Plan`.
+    layers: sharded layers by name; main_layers: how many are the first model's, the others are a
+        drafter's; checked: how many the ranks have compared; complete: no further one is sharded.
     counts: what the ranks agreed on at the first layer of this forward pass.
     steps: steps run so far; gathers: how many of them gathered the weight.
-    checked: layers that the ranks have compared; complete: no layer built from now on is sharded.
-    buffers: memory that all layers share; outgrown: smaller memory that a graph may hold; views:
-        parts of it, for row counts seen before.
+    buffers: memory that all layers share; views: parts of it, for row counts seen before;
+        outgrown: smaller memory that a graph may hold.
     """
 
     ranks: list[int]
@@ -159,11 +156,9 @@ def refuse(error: OprojError | None) -> None:
 def agree_to_start(settings: Settings, equal: Mapping[str, str], refusal: OprojError | None) -> str:
     """Agree on one start with every rank of the world; return the key of the start.
 
-    settings: as this rank read them, the size resolved; equal: what else must be equal on all
-        ranks, by name.
+    settings: as this rank read them; equal: what else must be equal on all ranks, by name.
     refusal: why this rank cannot start; told to the others, so that all end alike.
-    Raises OprojError when a rank refuses, the ranks do not agree, or one gives no answer; then no
-    process group of ours exists on any rank.
+    Raises OprojError when a rank refuses, the ranks do not agree, or one gives no answer.
     """
     rank, world = dist.get_rank(), range(dist.get_world_size())
     # Number this start: one process may serve several engines in turn.
@@ -186,7 +181,6 @@ def create(
     dp_groups, tp_groups: global ranks of all of vLLM's groups of that kind.
     backend: torch.distributed backend of the device group; key: from `agree_to_start`.
     like: vLLM's coordinator of this rank's data-parallel group; ours take its timeouts.
-    graph_rows: see `OtpGroup`.
     Raises OprojError when a group exists already.
     """
     global _current
@@ -231,8 +225,8 @@ def destroy() -> None:
 def check_layers(group: OtpGroup) -> None:
     """Compare the sharded layers of the group's ranks, before the first step of any of them.
 
-    A digest goes over the group itself, because there the end of a peer is noticed at once and
-    the group's timeout holds. Only when digests differ do the ranks tell each other their layers.
+    A digest goes over the group itself, because it notices the end of a peer at once. Only when
+    digests differ do the ranks tell each other their layers.
     Raises OprojError when they differ or a rank does not arrive.
     """
     names = {name: layer.oproj.description for name, layer in group.layers.items()}
@@ -256,10 +250,9 @@ def check_layers(group: OtpGroup) -> None:
 
 
 class LayerScope:
-    """Within it, on this thread, `parallel_state.get_tp_group()` is the layer's own group.
+    """Within it, on this thread alone, `parallel_state.get_tp_group()` is the layer's own group.
 
-    Other threads of the process (a connector's, say) still see vLLM's group. A class, because it
-    surrounds every GEMM and a generator costs several microseconds.
+    A class, because it surrounds every GEMM and a generator costs several microseconds.
     """
 
     __slots__ = ("group", "parallel_state")
@@ -342,10 +335,9 @@ MOST_GROUPS = 8
 def _end_unaware() -> None:
     """Make vLLM's next process groups fail on ranks that wait in them for us.
 
-    A rank that knows nothing of the agreement goes on to the next group with several members and
-    would wait there for minutes, or start and live on without its peers. gloo raises when what
-    another rank published is no address. The place of these records is not documented; where
-    torch uses another one, nothing happens.
+    A rank that knows nothing of the agreement would wait there for minutes, or live on without
+    its peers. gloo raises when what another rank published is no address. torch does not document
+    the place of these records; where it uses another one, nothing happens.
     """
     c10d = dist.distributed_c10d
     world = dist.get_world_size()

@@ -5,8 +5,8 @@ rank, a gather sends `(N-1)/N * K * H`, whatever T is: it moves less from `T* = 
 rows on when weight and activation have the same element size.
 
 The layer's quant method runs shard by shard, each time with the tensors of one rank in the layer,
-and the results are summed in float32. That is right for every format, also for those that cannot
-be joined along the input dimension. The shards of all layers arrive in one buffer.
+because some formats cannot be joined along the input. The results are summed in float32. The
+shards of all layers arrive in one buffer.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ PLAIN_NPU_FORMATS = (-1, 0, 2)
 def threshold(layer: Any, group: OtpGroup) -> int:
     """Return the rows on every rank from which `layer` is gathered; 0: never.
 
-    The user's number if there is one, else the least row count at which a gather moves no more
-    bytes than dispatch and combine.
+    Without a number of the user's, a gather must move no more bytes than dispatch and combine.
     """
     wanted = group.settings.weight_gather_rows
     if wanted == 0 or obstacle(layer, group):
@@ -98,8 +97,8 @@ def buffer_bytes(layer: Any, group: OtpGroup) -> int:
 def wins(least: int, counts: Counts) -> bool:
     """Tell whether to gather with these row counts of the group; `least` as from `threshold`.
 
-    After a gather a rank multiplies its own rows only: one with many more rows than the others
-    would keep them waiting. Dispatch spreads the rows evenly.
+    Dispatch spreads the rows evenly. After a gather a rank multiplies its own rows only, so one
+    with many more rows than the others would keep them waiting.
     """
     return least > 0 and min(counts) >= least and 4 * max(counts) <= 5 * min(counts)
 
