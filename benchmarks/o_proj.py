@@ -56,7 +56,7 @@ FULL = (
     Run("r1", 2, "bfloat16", [*equal(2, (1, 8, 24, 64, 256, 1024, 2048)), [1, 2048], [0, 24]]),
     Run("r1", 4, "bfloat16", [*equal(4, (1, 8, 24, 64, 256, 1024)), [0, 24, 1, 24]]),
     Run("r1", 4, "bfloat16", equal(4, (4096,))),
-    Run("r1", 2, "float32", equal(2, (1, 24, 256, 1024))),
+    *(Run("r1", ranks, "float32", equal(ranks, (1, 24, 256, 1024))) for ranks in (2, 4, 8)),
     Run("r1", 2, "int8", equal(2, (1, 24, 256, 1024))),
     *(
         Run("small", ranks, dtype, equal(ranks, (1, 8, 24, 64, 256, 1024, 2048, 4096)))

@@ -317,12 +317,37 @@ def runner(mode: str) -> Iterator[Any]:
             found = Runner(config, torch.device("cpu"))
             found.load_model()
             found.initialize_kv_cache(cache)
-        if vllm.__version__.startswith("0.9.1"):  # it asks the first of them
-            found.attn_metadata_builders = [SimpleNamespace(reorder_batch=lambda *_: False)]
+        if hasattr(found, "attn_metadata_builders"):  # up to 0.10.0, which asks the first of them
+            _give_attention(found)
         with contextlib.suppress(Done):
             found.profile_run()
         found.capture_model()
         yield found
+
+
+def _give_attention(found: Any) -> None:
+    """A group of no layer for a runner that asks each group whether it can be replayed.
+
+    The answer is the release's own for MLA.
+    """
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    builder = SimpleNamespace(
+        reorder_batch=lambda *_: False,
+        build=lambda *_, **__: None,
+        build_for_cudagraph_capture=lambda *_: None,
+    )
+    with contextlib.suppress(ImportError):  # 0.9.1 does not ask, and needs kernels to import it
+        from vllm.v1.attention.backends.mla.common import MLACommonMetadataBuilder
+
+        replayed: Any = MLACommonMetadataBuilder
+        builder.can_run_in_cudagraph = lambda of: replayed.can_run_in_cudagraph(builder, of)
+    found.attn_metadata_builders = [builder]
+    found.cascade_attn_enabled = False
+    spec = FullAttentionSpec(16, 1, 16, torch.float32, use_mla=False)
+    found.kv_cache_config.kv_cache_groups = [SimpleNamespace(kv_cache_spec=spec, layer_names=[])]
+    if hasattr(found, "may_reinitialize_input_batch"):
+        found.may_reinitialize_input_batch(found.kv_cache_config)
 
 
 def scheduled(rows: Sequence[int], step: int) -> tuple[Any, list[int]]:

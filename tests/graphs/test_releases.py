@@ -52,7 +52,7 @@ def modes(release: str) -> Sequence[str]:
     """The graph modes that a release has."""
     if in_range(release, "0.10.1"):
         return MODES if in_range(release, "0.11") else ("NONE", "PIECEWISE", "FULL")
-    return ("NONE", "PIECEWISE")
+    return ("NONE", "PIECEWISE", "FULL")
 
 
 @functools.cache
