@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from oproj_patch.cli import main
 from oproj_patch.cli.plan import (
-    ASCEND,
     BUILTIN_MODELS,
-    MODELOPT,
+    DESCRIPTIONS,
+    ModelShape,
     format_plan,
     load_model,
     make_plan,
@@ -28,6 +28,7 @@ from oproj_patch.sharding.topology import gather_bytes, gather_threshold, legal_
 
 GIB = 2**30
 R1_K, R1_HIDDEN, R1_LAYERS = 16384, 7168, 61
+ASCEND, MODELOPT = DESCRIPTIONS
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -46,6 +47,12 @@ def r1_config(**changes: Any) -> dict[str, Any]:
     return {**BUILTIN_MODELS["deepseek-r1"], **changes}
 
 
+def dtype_of(shape: ModelShape) -> str:
+    """The data type that the plan shows."""
+    dtype: str = make_plan("m", shape)["dtype"]
+    return dtype
+
+
 # --- arithmetic -------------------------------------------------------------------------------
 
 
@@ -58,23 +65,15 @@ def test_legal_sizes_divide_dp_and_the_shard_is_whole_blocks() -> None:
     assert legal_sizes(1, R1_K) == []
 
 
-def r1_threshold(n: int, weight_bytes: int) -> int:
+@pytest.mark.parametrize(
+    ("n", "weight_bytes", "rows"),
+    [(2, 2, 3823), (4, 2, 2607), (8, 2, 1593), (16, 2, 896), (8, 1, 797)],
+)
+def test_gather_pays_from_k_h_over_k_plus_n_h_rows(n: int, weight_bytes: int, rows: int) -> None:
     gather = gather_bytes(n, R1_K // n * R1_HIDDEN * weight_bytes)
-    return gather_threshold(gather, step_bytes(n, R1_K // n, R1_HIDDEN, 2))
-
-
-@pytest.mark.parametrize(("n", "rows"), [(2, 3823), (4, 2607), (8, 1593), (16, 896)])
-def test_gather_pays_from_k_h_over_k_plus_n_h_rows(n: int, rows: int) -> None:
-    assert r1_threshold(n, 2) == rows
-    gather, step = (
-        gather_bytes(n, R1_K // n * R1_HIDDEN * 2),
-        step_bytes(n, R1_K // n, R1_HIDDEN, 2),
-    )
+    step = step_bytes(n, R1_K // n, R1_HIDDEN, 2)
+    assert gather_threshold(gather, step) == rows
     assert (rows - 1) * step < gather <= rows * step
-
-
-def test_gather_pays_earlier_when_the_weight_is_smaller_than_the_activations() -> None:
-    assert r1_threshold(8, 1) == 797
 
 
 def test_step_and_gather_bytes() -> None:
@@ -153,8 +152,8 @@ def test_tensor_parallel_ranks_hold_a_part_already() -> None:
 def test_builtin_models(name: str, k: int, hidden: int, layers: int, dtype: str) -> None:
     shape = load_model(name)
     assert (shape.o_proj_input, shape.hidden_size, len(shape.dtypes)) == (k, hidden, layers)
-    assert shape.weight_dtype == dtype
     plan = make_plan(name, shape)
+    assert plan["dtype"] == dtype
     bits = 8 if dtype == "fp8" else 16
     assert plan["unsharded_bytes_per_rank"] == k * hidden * layers * bits // 8
     for row in plan["rows"]:
@@ -222,148 +221,76 @@ def described(**kinds: str) -> dict[str, str]:
     } | {"model_quant_type": "W8A8_DYNAMIC"}
 
 
-# (quantization_config, data type with its layers, quantization block, part of a note or None)
-QUANTIZATIONS: dict[str, tuple[dict[str, Any] | None, str, int, str | None]] = {
-    "none": (None, "bf16", 1, None),
-    "fp8": ({"quant_method": "fp8"}, "fp8", 1, None),
-    "fp8, blocks": ({"quant_method": "fp8", "weight_block_size": [64, 128]}, "fp8", 128, None),
-    "fp8, norms excluded": (
-        excluding("fp8", "modules_to_not_convert", *ATTENTION_NORMS),
-        "fp8",
-        1,
-        None,
-    ),
-    "fp8, another projection excluded": (
-        excluding("fp8", "ignored_layers", "x.self_attn.q_proj"),
-        "fp8",
-        1,
-        None,
-    ),
-    "fp8, two layers excluded": (
-        excluding("fp8", "ignored_layers", *FIRST_TWO),
-        "bf16 x 2 + fp8 x 59",
-        1,
-        "not the same",
-    ),
-    "fp8, layer 1 is not layers 10 to 19": (
-        excluding("fp8", "modules_to_not_convert", NAME.format(1)),
-        "fp8 x 60 + bf16 x 1",
-        1,
-        "not the same",
-    ),
-    "fp8, all excluded by name": (
-        excluding("fp8", "ignored_layers", *map(NAME.format, range(62))),
-        "bf16",
-        1,
-        None,
-    ),
-    "fp8 compares whole names": (
-        excluding("fp8", "ignored_layers", "model.layers.0.self_attn"),
-        "fp8",
-        1,
-        "ignored_layers has 'model.layers.0.self_attn'",
-    ),
-    "fp8 reads no `ignore`": (excluding("fp8", "ignore", NAME.format(0)), "fp8", 1, "ignore has"),
-    "awq compares parts of names": (
-        excluding("awq", "modules_to_not_convert", "self_attn", bits=4, group_size=64),
-        "bf16",
-        1,
-        None,
-    ),
-    "awq, one layer": (
-        excluding("awq", "modules_to_not_convert", "layers.60.", bits=4, group_size=64),
-        "int4 x 60 + bf16 x 1",
-        64,
-        "not the same",
-    ),
-    "awq, older keys": ({"quant_method": "awq", "w_bit": 4, "group_size": 64}, "int4", 64, None),
-    "gptq": ({"quant_method": "gptq", "bits": 8, "group_size": -1}, "int8", 1, None),
-    "gptq with rules": (
-        {"quant_method": "gptq", "bits": 4, "dynamic": {"-:.*self_attn.*": {}}},
-        "int4",
-        1,
-        "dynamic has",
-    ),
-    "mxfp4 is of the experts": ({"quant_method": "mxfp4"}, "bf16", 1, None),
-    "compressed-tensors": (compressed("lm_head"), "fp8", 1, None),
-    "compressed-tensors, expression": (compressed("re:.*self_attn.*"), "bf16", 1, None),
-    "compressed-tensors, expression for some": (
-        compressed(r"re:model\.layers\.[0-2]\.self_attn\..*"),
-        "bf16 x 3 + fp8 x 58",
-        1,
-        "not the same",
-    ),
-    "compressed-tensors, expression from the start of the name": (
-        compressed("re:self_attn.*o_proj"),
-        "fp8",
-        1,
-        "ignore has",
-    ),
-    "compressed-tensors, an attention's name is not its o_proj's": (
-        compressed("model.layers.0.self_attn"),
-        "fp8",
-        1,
-        "ignore has",
-    ),
-    "compressed-tensors, the vision tower": (compressed("re:visual.*attn.*"), "fp8", 1, None),
-    "compressed-tensors, two groups": (
-        compressed(a={"of": ["Linear"], "is": CT4}, b={"of": ["re:.*o_proj"], "is": CT8}),
-        "fp8",
-        1,
-        None,
-    ),
-    "compressed-tensors, NVFP4": (
-        compressed(a={"of": ["Linear"], "is": {"type": "float", "num_bits": 4, "group_size": 16}}),
-        "fp4",
-        16,
-        None,
-    ),
-    "compressed-tensors, blocks": (
-        compressed(a={"of": ["Linear"], "is": CT8 | {"block_structure": [64, 128]}}),
-        "fp8",
-        128,
-        None,
-    ),
-    "compressed-tensors, no group of it": (
-        compressed(a={"of": ["re:.*experts.*"], "is": CT4}),
-        "bf16",
-        1,
-        None,
-    ),
-    "modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "fp4", 16, None),
-    "modelopt, wildcard": (
-        excluding("modelopt", "ignore", "*.layers.60.self_attn*", quant_algo="FP8"),
-        "fp8 x 60 + bf16 x 1",
-        1,
-        "not the same",
-    ),
-    "modelopt, each layer": (
-        {
-            "quant_method": "modelopt",
-            "quant_algo": "MIXED_PRECISION",
-            "quantized_layers": {name: {"quant_algo": "FP8"} for name in FIRST_TWO},
-        },
-        "fp8 x 2 + bf16 x 59",
-        1,
-        "not the same",
-    ),
-    "ascend, described in config.json": (
-        {"quant_method": "ascend", **described(rest="W8A8")},
-        "int8",
-        1,
-        None,
-    ),
-}
+# What a quantizer writes, the data type with its layers, and the quantization block.
+QUANTIZATIONS: dict[str, tuple[dict[str, Any], str, int]] = {
+    "fp8": ({"quant_method": "fp8"}, "fp8", 1),
+    "fp8, blocks": ({"quant_method": "fp8", "weight_block_size": [64, 128]}, "fp8", 128),
+    "fp8, norms excluded":
+        (excluding("fp8", "modules_to_not_convert", *ATTENTION_NORMS), "fp8", 1),
+    "fp8, another projection excluded":
+        (excluding("fp8", "ignored_layers", "x.self_attn.q_proj"), "fp8", 1),
+    "fp8, two layers excluded":
+        (excluding("fp8", "ignored_layers", *FIRST_TWO), "bf16 x 2 + fp8 x 59", 1),
+    "fp8, layer 1 is not layers 10 to 19":
+        (excluding("fp8", "modules_to_not_convert", NAME.format(1)), "fp8 x 60 + bf16 x 1", 1),
+    "fp8, all excluded by name":
+        (excluding("fp8", "ignored_layers", *map(NAME.format, range(62))), "bf16", 1),
+    "fp8 compares whole names":
+        (excluding("fp8", "ignored_layers", "model.layers.0.self_attn"), "fp8", 1),
+    "fp8 reads no `ignore`": (excluding("fp8", "ignore", NAME.format(0)), "fp8", 1),
+    "awq compares parts of names":
+        (excluding("awq", "modules_to_not_convert", "self_attn", bits=4, group_size=64), "bf16", 1),
+    "awq, one layer":
+        (excluding("awq", "modules_to_not_convert", "layers.60.", bits=4, group_size=64),
+         "int4 x 60 + bf16 x 1", 64),
+    "awq, older keys": ({"quant_method": "awq", "w_bit": 4, "group_size": 64}, "int4", 64),
+    "gptq": ({"quant_method": "gptq", "bits": 8, "group_size": -1}, "int8", 1),
+    "mxfp4 is of the experts": ({"quant_method": "mxfp4"}, "bf16", 1),
+    "compressed-tensors": (compressed("lm_head"), "fp8", 1),
+    "compressed-tensors, expression": (compressed("re:.*self_attn.*"), "bf16", 1),
+    "compressed-tensors, expression for some":
+        (compressed(r"re:model\.layers\.[0-2]\.self_attn\..*"), "bf16 x 3 + fp8 x 58", 1),
+    "compressed-tensors, expression from the start of the name":
+        (compressed("re:self_attn.*o_proj"), "fp8", 1),
+    "compressed-tensors, an attention's name is not its o_proj's":
+        (compressed("model.layers.0.self_attn"), "fp8", 1),
+    "compressed-tensors, two groups":
+        (compressed(a={"of": ["Linear"], "is": CT4}, b={"of": ["re:.*o_proj"], "is": CT8}),
+         "fp8", 1),
+    "compressed-tensors, NVFP4":
+        (compressed(a={"of": ["Linear"], "is": CT8 | {"num_bits": 4, "group_size": 16}}),
+         "fp4", 16),
+    "compressed-tensors, blocks":
+        (compressed(a={"of": ["Linear"], "is": CT8 | {"block_structure": [64, 128]}}), "fp8", 128),
+    "compressed-tensors, no group of it":
+        (compressed(a={"of": ["re:.*experts.*"], "is": CT4}), "bf16", 1),
+    "modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "fp4", 16),
+    "modelopt, wildcard":
+        (excluding("modelopt", "ignore", "*.layers.60.self_attn*", quant_algo="FP8"),
+         "fp8 x 60 + bf16 x 1", 1),
+    "modelopt, each layer":
+        ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION",
+          "quantized_layers": {name: {"quant_algo": "FP8"} for name in FIRST_TWO}},
+         "fp8 x 2 + bf16 x 59", 1),
+    "ascend, described in config.json":
+        ({"quant_method": "ascend", **described(rest="W8A8")}, "int8", 1),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", QUANTIZATIONS)
 def test_each_layer_is_counted_as_the_quantizer_would(what: str) -> None:
-    quantization, dtype, block, note = QUANTIZATIONS[what]
+    quantization, dtype, block = QUANTIZATIONS[what]
     shape = parse_config(r1_config(quantization_config=quantization))
-    assert (shape.weight_dtype, shape.block) == (dtype, block)
-    assert [note in told for told in shape.notes] == ([True] if note else [])
+    assert (dtype_of(shape), shape.block) == (dtype, block)
+    [note] = shape.notes
+    assert "--dtype says otherwise" in note
     given_by_user = parse_config(r1_config(quantization_config=quantization), "int8")
-    assert (given_by_user.weight_dtype, given_by_user.block, given_by_user.notes) == ("int8", 1, ())
+    assert (dtype_of(given_by_user), given_by_user.block, given_by_user.notes) == ("int8", 1, [])
+
+
+def test_a_model_without_quantization_is_counted_in_its_own_data_type() -> None:
+    shape = parse_config(r1_config(quantization_config=None, torch_dtype="float32"))
+    assert (dtype_of(shape), shape.block, shape.notes) == ("fp32", 1, [])
 
 
 def test_bytes_of_a_mixture_are_the_sum_over_its_layers() -> None:
@@ -379,46 +306,38 @@ def test_bytes_of_a_mixture_are_the_sum_over_its_layers() -> None:
     assert max(map(len, format_plan(plan).splitlines())) <= 80
 
 
+W8A8 = described(rest="W8A8")
+OTHER = {"quantization": {"quant_algo": "NVFP4", "ignored_layers": FIRST_TWO}}
+NO_O_PROJ = {"quantization": {"quant_algo": "NVFP4", "exclude_modules": ["*o_proj"]}}
+
+
 @pytest.mark.parametrize(
-    ("beside", "dtype", "note"),
+    ("beside", "dtype"),
     [
-        ({ASCEND: described(rest="W8A8_DYNAMIC")}, "int8", None),
-        ({ASCEND: described(rest="W8A8", layer_0="FLOAT")}, "bf16 x 1 + int8 x 60", "not the same"),
-        ({ASCEND: described(rest="W4A8_DYNAMIC")}, "int4", None),
-        ({ASCEND: described(rest="W8A8_MXFP8")}, "fp8", None),
-        ({ASCEND: described(rest="FLOAT")}, "bf16", None),
-        ({ASCEND: {f"{NAME.format(0)}.weight": "W8A8"}}, "int8 x 1 + bf16 x 60", "for 60 layers"),
-        ({MODELOPT: {"quantization": {"quant_algo": "FP8"}}}, "fp8", None),
-        (
-            {MODELOPT: {"quantization": {"quant_algo": "NVFP4", "exclude_modules": ["*o_proj"]}}},
-            "bf16",
-            None,
-        ),
+        ({ASCEND: described(rest="W8A8_DYNAMIC")}, "int8"),
+        ({ASCEND: described(rest="W8A8", layer_0="FLOAT")}, "bf16 x 1 + int8 x 60"),
+        ({ASCEND: described(rest="W4A8_DYNAMIC")}, "int4"),
+        ({ASCEND: described(rest="W8A8_MXFP8")}, "fp8"),
+        ({ASCEND: described(rest="FLOAT")}, "bf16"),
+        ({ASCEND: {f"{NAME.format(0)}.weight": "W8A8"}}, "int8 x 1 + bf16 x 60"),
+        ({MODELOPT: {"quantization": {"quant_algo": "FP8"}}}, "fp8"),
+        ({MODELOPT: NO_O_PROJ}, "bf16"),
+        # A file of another quantizer than the configuration's is not read.
+        ({ASCEND: W8A8, MODELOPT: OTHER, "config.json": r1_config()}, "fp8"),
     ],
 )
 def test_files_beside_the_configuration_are_read(
-    beside: dict[str, Any], dtype: str, note: str | None, tmp_path: Path
+    beside: dict[str, Any], dtype: str, tmp_path: Path
 ) -> None:
-    write_config(tmp_path, r1_config(quantization_config=None))
-    for name, content in beside.items():
+    for name, content in {"config.json": r1_config(quantization_config=None), **beside}.items():
         (tmp_path / name).write_text(json.dumps(content))
-    shape = load_model(str(tmp_path))
-    assert shape.weight_dtype == dtype
-    assert any(note in told for told in shape.notes) if note else shape.notes == ()
-    assert load_model(str(tmp_path), "bf16").notes == ()
-
-
-def test_a_file_beside_that_is_of_another_quantizer_is_a_note(tmp_path: Path) -> None:
-    write_config(tmp_path, r1_config())
-    (tmp_path / ASCEND).write_text(json.dumps(described(rest="W8A8")))
-    shape = load_model(str(tmp_path))
-    assert shape.weight_dtype == "fp8"
-    assert shape.notes == (f"{ASCEND} is not read: the quantization is fp8",)
+    assert dtype_of(load_model(str(tmp_path))) == dtype
+    assert dtype_of(load_model(str(tmp_path), "bf16")) == "bf16"
 
 
 def test_the_mtp_layer_is_counted_in_its_own_data_type(tmp_path: Path) -> None:
     write_config(tmp_path, r1_config(quantization_config=None))
-    (tmp_path / ASCEND).write_text(json.dumps(described(rest="W8A8")))
+    (tmp_path / ASCEND).write_text(json.dumps(W8A8))
     shape = load_model(str(tmp_path))
     assert (set(shape.dtypes), shape.mtp_dtypes) == ({"int8"}, ("bf16",))
     assert make_plan("m", shape)["mtp_unsharded_bytes_per_rank"] == 2 * R1_K * R1_HIDDEN
@@ -429,7 +348,7 @@ def test_names_inside_a_multimodal_model(root: str) -> None:
     inner = r1_config(quantization_config=None)
     ignore = [f"{root}.layers.0.self_attn.o_proj"]
     config = {"text_config": inner, "quantization_config": compressed(*ignore)}
-    assert parse_config(config).weight_dtype == "bf16 x 1 + fp8 x 60"
+    assert dtype_of(parse_config(config)) == "bf16 x 1 + fp8 x 60"
 
 
 # --- reading a configuration ------------------------------------------------------------------
@@ -437,12 +356,8 @@ def test_names_inside_a_multimodal_model(root: str) -> None:
 
 def test_quantization_blocks_limit_the_group_size() -> None:
     narrow = r1_config(num_attention_heads=16)
-    assert [row["otp_size"] for row in make_plan("m", parse_config(narrow))["rows"]] == [
-        2,
-        4,
-        8,
-        16,
-    ]
+    rows = make_plan("m", parse_config(narrow))["rows"]
+    assert [row["otp_size"] for row in rows] == [2, 4, 8, 16]
 
 
 def test_nested_configuration_directory_and_file(tmp_path: Path) -> None:
@@ -456,8 +371,8 @@ def test_nested_configuration_directory_and_file(tmp_path: Path) -> None:
 
 
 def test_dense_model_is_remarked_on() -> None:
-    assert "no experts" in parse_config(r1_config(n_routed_experts=None)).notes[0]
-    assert parse_config(r1_config()).notes == ()
+    [note] = parse_config(r1_config(n_routed_experts=None), "fp8").notes
+    assert "no experts" in note
 
 
 # --- the command ------------------------------------------------------------------------------
@@ -480,7 +395,7 @@ def test_table_shows_the_saving(capsys: pytest.CaptureFixture[str]) -> None:
         line for line in captured.out.splitlines() if line.split()[:3] == ["8", "0.83", "5.84"]
     ]
     assert line.split()[3:] == ["186.8", "+89,201", "+2,854,432"]
-    assert "1 MTP layer not counted: 0.11 GiB more" in captured.out
+    assert "MTP is not counted: 0.11 GiB more" in captured.out
 
 
 def test_runs_without_torch_and_vllm() -> None:
@@ -528,9 +443,9 @@ def test_bad_options(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
-        (["--dp", "1"], "--dp is 1"),
-        (["--dp", "7"], "--dp is 7"),
-        (["--tp", "3"], "--tp is 3, which does not divide the model's 128 attention heads"),
+        (["--dp", "1"], "--dp is 1 and"),
+        (["--dp", "7"], "--dp is 7 and"),
+        (["--tp", "3"], "--tp is 3: give a --tp that divides the 128 heads"),
     ],
 )
 def test_deployments_that_cannot_be(
@@ -559,9 +474,9 @@ def one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
         (b"", "JSONDecodeError"),
         (json.dumps(r1_config()).encode()[:-30], "JSONDecodeError"),
         (b"\xff\xfe\x00", "UnicodeDecodeError"),
-        (b"[1, 2]", "'list' object"),
-        (b"null", "'NoneType' object"),
-        (b"{}", "no num_attention_heads"),
+        (b"[1, 2]", "TypeError"),
+        (b"null", "TypeError"),
+        (b"{}", "KeyError: 'num_attention_heads'"),
     ],
 )
 def test_malformed_files(
@@ -575,14 +490,8 @@ def test_malformed_files(
 @pytest.mark.parametrize(
     ("changes", "fragment"),
     [
-        ({"num_hidden_layers": -3}, "num_hidden_layers = -3"),
-        ({"hidden_size": "7168"}, "hidden_size = '7168'"),
-        ({"hidden_size": True}, "hidden_size = True"),
-        ({"hidden_size": 7168.0}, "hidden_size = 7168.0"),
-        ({"kv_lora_rank": {}}, "kv_lora_rank = {}"),
-        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers = -1"),
-        ({"torch_dtype": ["bfloat16"]}, "torch_dtype = \"['bfloat16']\""),
-        ({"quantization_config": "fp8"}, "TypeError"),
+        ({"torch_dtype": "float64"}, "KeyError: 'float64'"),
+        ({"quantization_config": "fp8"}, "AttributeError"),
         ({"quantization_config": {"quant_method": "fp8", "ignored_layers": 7}}, "TypeError"),
         ({"quantization_config": compressed("re:(")}, "error: missing )"),
         ({"quantization_config": {"quant_method": "ascend"}}, "name it with --dtype"),
@@ -590,10 +499,7 @@ def test_malformed_files(
         ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "name it with --dtype"),
         ({"quantization_config": {"quant_method": "new"}}, "quant_method = 'new'"),
         ({"quantization_config": {"quant_method": "awq", "bits": 5}}, "name it with --dtype"),
-        (
-            {"layer_types": ["full_attention", "linear_attention"]},
-            "layer_types, with linear attention",
-        ),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "linear attention"),
         ({"o_lora_rank": 1024}, "o_lora_rank"),
     ],
 )
@@ -610,7 +516,6 @@ def test_missing_and_unreadable_files(tmp_path: Path, capsys: pytest.CaptureFixt
         (str(tmp_path / "none"), "or one of deepseek-r1"),
         (str(tmp_path), "No such file"),
         ("a\0b", "cannot be read"),
-        ("x" * 5000, "cannot be read"),
         ("", "cannot be read"),
     ]:
         assert command_line(model) == 2, model[:20]
