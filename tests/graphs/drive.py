@@ -278,7 +278,6 @@ def ascend_groups(mode: str) -> Iterator[Any]:
 @contextlib.contextmanager
 def runner(mode: str) -> Iterator[Any]:
     """The host's model runner after loading, profiling and capturing."""
-    import vllm
     from vllm.model_executor.model_loader import base_loader
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -316,16 +315,16 @@ def runner(mode: str) -> Iterator[Any]:
         with mock.patch.object(base_loader.BaseModelLoader, "load_model", load):
             found = Runner(config, torch.device("cpu"))
             found.load_model()
+            if hasattr(found, "attn_metadata_builders"):  # up to 0.10.0, which asks the first
+                _give_attention(found, cache)
             found.initialize_kv_cache(cache)
-        if hasattr(found, "attn_metadata_builders"):  # up to 0.10.0, which asks the first of them
-            _give_attention(found)
         with contextlib.suppress(Done):
             found.profile_run()
         found.capture_model()
         yield found
 
 
-def _give_attention(found: Any) -> None:
+def _give_attention(found: Any, cache: Any) -> None:
     """A group of no layer for a runner that asks each group whether it can be replayed.
 
     The answer is the release's own for MLA.
@@ -344,10 +343,9 @@ def _give_attention(found: Any) -> None:
         builder.can_run_in_cudagraph = lambda of: replayed.can_run_in_cudagraph(builder, of)
     found.attn_metadata_builders = [builder]
     found.cascade_attn_enabled = False
+    found.initialize_attn_backend = lambda *_: None
     spec = FullAttentionSpec(16, 1, 16, torch.float32, use_mla=False)
-    found.kv_cache_config.kv_cache_groups = [SimpleNamespace(kv_cache_spec=spec, layer_names=[])]
-    if hasattr(found, "may_reinitialize_input_batch"):
-        found.may_reinitialize_input_batch(found.kv_cache_config)
+    cache.kv_cache_groups = [SimpleNamespace(kv_cache_spec=spec, layer_names=[])]
 
 
 def scheduled(rows: Sequence[int], step: int) -> tuple[Any, list[int]]:

@@ -1,10 +1,12 @@
 """Who captures and replays what, decided by each release's own model runner; two ranks on gloo.
 
-A process for each release runs all modes; every test looks at one mode and scenario of it.
+A process for each release runs all modes; every test looks at one mode and scenario of it. A
+release whose deciding code is its predecessor's runs in its default mode only.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import json
@@ -12,29 +14,22 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from oproj_patch.releases import in_range
-from tests.hosts.wheels import Host, environment
+from oproj_patch.releases import ASCEND_RELEASES, VLLM_RELEASES, in_range
+from tests.hosts.wheels import HOSTS, Host, ensure, environment, origin
 
 from .drive import HIDDEN, LAYERS, TOLERANCE, Step, Told
 
 SECONDS = 1200
 ROOT = Path(__file__).resolve().parents[2]
-# Missing: 0.9.2 and 0.10.0, whose runner cannot prepare a step without attention metadata.
-RELEASES = (
-    *("0.9.1", "0.10.1.1", "0.10.2", "0.11.0", "0.11.2", "0.12.0"),
-    *("0.13.0", "0.18.0", "0.23.0", "0.32.0"),
-)
-ASCEND = ("0.11.0", "0.13.0", "0.18.0", "0.23.0")
-HOSTS = (
-    *(Host("vllm", release) for release in RELEASES),
-    *(Host("ascend", release) for release in ASCEND),
-)
+# Releases that decide about graphs as their predecessors do (a test compares their code).
+AS_BEFORE = ("0.9.2", "0.10.0", "0.10.2", "0.23.0", "0.26.0", "0.27.1", "0.29.0")
+NEWEST = Host("vllm", VLLM_RELEASES[-1]), Host("ascend", list(ASCEND_RELEASES)[-1])
 MODES = ("NONE", "PIECEWISE", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE", "FULL")
 # Captured are 1, 2, 4, 8 and 24 rows; a gather moves fewer bytes from 16 equal rows on, and begins
 # above 24.
@@ -48,18 +43,28 @@ PLANS: dict[str, Sequence[Step]] = {
 }
 
 
-def modes(release: str) -> Sequence[str]:
-    """The graph modes that a release has."""
-    if in_range(release, "0.10.1"):
-        return MODES if in_range(release, "0.11") else ("NONE", "PIECEWISE", "FULL")
-    return ("NONE", "PIECEWISE", "FULL")
+def modes(host: Host) -> Sequence[str]:
+    """The graph modes that a host has, the default one last but NONE."""
+    return MODES if in_range(host.vllm, "0.11") else ("NONE", "PIECEWISE", "FULL")
+
+
+def default(host: Host) -> str:
+    if host.kind == "ascend" and host.version == "0.11.0":
+        return "PIECEWISE"
+    return "FULL_AND_PIECEWISE" if in_range(host.vllm, "0.11") else "PIECEWISE"
+
+
+def wanted(host: Host) -> dict[str, dict[str, Sequence[Step]]]:
+    """Mode -> scenario -> steps: what is run of a host."""
+    if host.kind == "vllm" and host.version in AS_BEFORE:
+        return {default(host): {name: PLANS[name] for name in ("one idle", "one prefilling")}}
+    return {mode: PLANS for mode in modes(host)}
 
 
 @functools.cache
 def run(host: Host) -> tuple[dict[str, dict[str, list[Told]]], str]:
     """What both ranks told of every mode and scenario of one host; the end of what it printed."""
-    names = modes(host.vllm)
-    wanted = [{"mode": mode, "plans": PLANS} for mode in names]
+    runs = [{"mode": mode, "plans": plans} for mode, plans in wanted(host).items()]
     env = environment(host) | {
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
@@ -78,7 +83,7 @@ def run(host: Host) -> tuple[dict[str, dict[str, list[Told]]], str]:
         start_new_session=True,
     ) as process:
         try:
-            answers, printed = process.communicate(json.dumps(wanted), timeout=SECONDS)
+            answers, printed = process.communicate(json.dumps(runs), timeout=SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             answers, printed = process.communicate()
@@ -86,7 +91,7 @@ def run(host: Host) -> tuple[dict[str, dict[str, list[Told]]], str]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     told = map(json.loads, answers.splitlines())
-    return dict(zip(names, told, strict=False)), printed
+    return dict(zip(wanted(host), told, strict=False)), printed
 
 
 # Modes that the package refuses at the start: (release, mode): what it says.
@@ -106,8 +111,8 @@ CELLS = [
         id=f"{host}-{mode}-{scenario.replace(' ', '-')}",
     )
     for host in HOSTS
-    for mode in modes(host.vllm)
-    for scenario in PLANS
+    for mode, plans in wanted(host).items()
+    for scenario in plans
 ]
 
 
@@ -137,7 +142,7 @@ def test_cell(host: Host, mode: str, scenario: str) -> None:
 
 
 @pytest.mark.timeout(SECONDS + 60)
-@pytest.mark.parametrize("host", [HOSTS[len(RELEASES) - 1], HOSTS[-1]], ids=str)
+@pytest.mark.parametrize("host", NEWEST, ids=str)
 def test_allocations_within_a_capture(host: Host) -> None:
     """In a captured forward pass the package allocates each layer's output, and nothing else.
 
@@ -151,3 +156,51 @@ def test_allocations_within_a_capture(host: Host) -> None:
 
 def _ends(ranks: Sequence[Told]) -> list[Any]:
     return [told.get("hung", [told.get("error", "done")])[:2] for told in ranks]
+
+
+# Where a release decides who captures and replays what: file -> functions; (): all.
+DECIDING: Mapping[str, Sequence[str]] = {
+    "v1/cudagraph_dispatcher.py": (),
+    "v1/worker/dp_utils.py": (),
+    "v1/worker/gpu_model_runner.py": ("get_dp_padding", "_determine_batch_execution_and_padding"),
+    "v1/worker/gpu_worker.py": ("execute_dummy_batch",),
+    "forward_context.py": ("make", "num_tokens_across_dp"),
+    "compilation/cuda_graph.py": ("__call__",),
+}
+
+
+def test_a_release_whose_deciding_code_changed_is_run_in_full() -> None:
+    decided = [deciding(Host("vllm", release)) for release in VLLM_RELEASES]
+    same = [
+        release
+        for release, before, now in zip(VLLM_RELEASES[1:], decided, decided[1:], strict=False)
+        if before == now
+    ]
+    assert same == list(AS_BEFORE)
+
+
+def deciding(host: Host) -> dict[str, str]:
+    """Return the functions of `DECIDING` in a release, without their comments and docstrings."""
+    found = {}
+    package = origin("vllm", ensure(host))
+    for name, wanted_functions in DECIDING.items():
+        path = package / name
+        for node in ast.walk(ast.parse(path.read_text() if path.exists() else "")):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            if not wanted_functions or node.name in wanted_functions:
+                if ast.get_docstring(node) is not None:
+                    del node.body[0]
+                found[f"{name}: {node.name}"] = ast.dump(node)
+    return found
+
+
+def outcome(host: Host, mode: str) -> str:
+    """Return what `test_cell` shows of a mode of a host, for the table in the documents."""
+    if mode not in modes(host):
+        return "not in it"
+    if (str(host), mode) in REFUSED:
+        return "refused"
+    if mode not in wanted(host):
+        return "as the one before"
+    return "no graphs" if (str(host), mode) in WITHOUT_GRAPHS else "right"

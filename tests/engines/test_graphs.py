@@ -6,6 +6,7 @@ a CPU, is split off, or runs in the graph as one.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from demo import model as demo_model
 from demo.engines import EngineConfig, OfflineRun, Round, run_offline
 
-PLUGIN = Path(__file__).parent / "plugin"
+PLUGIN = Path(__file__).resolve().parents[1] / "graphs" / "plugin"
 PROMPTS = demo_model.prompts(8)
 CAPTURE_SIZES = [1, 2, 4, 8, 16]
 # Both busy; one much shorter; one idle. Prefills exceed the largest graph, decodes straddle sizes.
@@ -23,9 +24,11 @@ ROUNDS = [
     Round([PROMPTS[:1], PROMPTS[1:5]], [2, 8]),
     Round([[], PROMPTS[5:7]], [1, 6]),
 ]
+MODES = ("PIECEWISE", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")
 SECOND_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
 
 
+@functools.cache
 def run(mode: str, size: int, second: bool) -> OfflineRun:
     """Two data-parallel ranks in one graph mode, sharded `size`-way (0: not)."""
     options: dict[str, Any] = {
@@ -61,17 +64,19 @@ def tokens(found: OfflineRun) -> list[list[list[list[int]]]]:
 @pytest.mark.timeout(2000)
 @pytest.mark.parametrize(
     ("mode", "second"),
-    [("PIECEWISE", False), ("FULL_AND_PIECEWISE", False), ("FULL_AND_PIECEWISE", True)],
-    ids=["PIECEWISE-first-runner", "FULL_AND_PIECEWISE-first-runner", "FULL_AND_PIECEWISE-second"],
+    [(mode, second) for mode in MODES for second in (False, True)],
+    ids=lambda value: {False: "first-runner", True: "second-runner"}.get(value, value),
 )
 def test_same_tokens(mode: str, second: bool) -> None:
-    """Each completion equals the unsharded engine's in the same mode; graphs were replayed."""
-    on, off = run(mode, 2, second), run(mode, 0, second)
+    """Each completion equals the unsharded engine's; graphs were replayed."""
+    on, off = run(mode, 2, second), run("FULL_AND_PIECEWISE", 0, second)
     assert tokens(on) == tokens(off)
     for sharded, whole in zip(on.workers, off.workers, strict=True):
         assert sharded["status"]["size"] == 2 and not whole["status"]["enabled"]
-        # As many graphs as without the shim. How many steps an idle rank replays is chance.
-        assert sharded["captures"] == whole["captures"] >= len(CAPTURE_SIZES)
+        # How many steps an idle rank replays is chance.
+        assert sharded["captures"] >= len(CAPTURE_SIZES) and whole["captures"] > 0
+        if mode == "FULL_AND_PIECEWISE":
+            assert sharded["captures"] == whole["captures"]
         assert sharded["replays"] > 0 and whole["replays"] > 0
         # Eager steps (prefills, warm-ups) are exchanges in Python, replays are not.
         assert sharded["status"]["exchanges"] > 0
