@@ -33,10 +33,8 @@ class Host(HostPass):
 
     def check_version(self, settings: Settings) -> None:
         """Raise OprojError for an untested release, unless the check is switched off."""
-        if settings.skip_version_check:
-            return
         problem = releases.untested(self.versions["vllm"], self.versions.get("vllm-ascend"))
-        if problem:
+        if problem and not settings.skip_version_check:
             raise OprojError(
                 "OPROJ009",
                 f"{problem}; install a tested release, or set {SKIP_VERSION_CHECK}=1 to try this "
@@ -60,8 +58,7 @@ def resolved(settings: Settings, config: Any) -> Settings:
             f"{TOGGLE} is auto, and in --additional-config oproj_patch.size is {settings.size} "
             f"but {ascend_option.KEY} is {theirs}; accepted is one size: remove one of the two.",
         )
-    size = settings.size or theirs
-    if not size:
+    if not (size := settings.size or theirs):
         raise OprojError(
             "OPROJ017",
             f"{TOGGLE} is auto, but --additional-config names no size; accepted is "

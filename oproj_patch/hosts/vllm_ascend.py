@@ -12,7 +12,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -154,11 +154,9 @@ def registry(host: VllmAscend) -> tuple[Seam, ...]:
 def attention_ran(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """Wrap an attention implementation's forward: it always runs its o_proj."""
     result = wrapped(*args, **kwargs)
-    if _argument(wrapped, "attn_metadata", args, kwargs) is not None:
-        return result
     layer: Any = getattr(instance, "o_proj", None)
-    if isinstance(layer, sharded.ShardedMixin):
-        layer = cast(Any, layer)
+    ours = isinstance(layer, sharded.ShardedMixin)
+    if ours and _argument(wrapped, "attn_metadata", args, kwargs) is None:
         output = _argument(wrapped, "output", args, kwargs)
         columns = layer.input_size // layer.oproj.group.tp_size
         layer(output.new_zeros((output.shape[0], columns)))
