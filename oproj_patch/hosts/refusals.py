@@ -72,7 +72,7 @@ def _set(path: str) -> Found:
 
 
 def _given(path: str) -> Found:
-    return lambda facts: of(facts.vllm, path) is not None and "given"
+    return lambda facts: of(facts.vllm, path) and "given"
 
 
 def _more_than_one(name: str) -> Found:
@@ -109,8 +109,7 @@ def _captured_as(*modes: str) -> Found:
 def _first_engine(_: Facts) -> object:
     from vllm import envs
 
-    # Releases without the first engine lack the variable.
-    return not getattr(envs, "VLLM_USE_V1", True) and "0"
+    return not getattr(envs, "VLLM_USE_V1", True) and "0"  # gone with the first engine
 
 
 def _own_graphs(facts: Facts) -> object:
@@ -161,8 +160,7 @@ RULES: tuple[Rule, ...] = (
          "this loader cuts weights by itself, by tensor-parallel rank only"),
     Rule("--quantization", _named("model_config.quantization", "bitsandbytes", "gguf"),
          "its weights are cut, or made, outside the layer's own weight loader"),
-    Rule("the quantization's transform_config",
-         lambda facts: of(facts.vllm, "quant_config.transform_config") and "given",
+    Rule("the quantization's transform_config", _given("quant_config.transform_config"),
          "its transforms mix all input columns of a layer and cannot be cut"),
     Rule("the model architecture", _named(ARCHITECTURES, "deepseekv4"),
          "its output projection is wo_a and wo_b, not an o_proj",
@@ -226,9 +224,8 @@ def check(facts: Facts, settings: Settings, versions: Mapping[str, str], graph_r
         )
     for rule in RULES:
         version = versions.get(rule.host)
-        if version is None or not releases.applies(version, rule.since, rule.until):
-            continue
-        if value := rule.found(facts):
+        here = version is not None and releases.applies(version, rule.since, rule.until)
+        if here and (value := rule.found(facts)):
             of_release = f" of {rule.host} {version}" if rule.until else ""
             raise OprojError(
                 "OPROJ015",

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import wrapt
+
 from .. import releases
 from ..errors import OprojError
 from ..settings import TOGGLE
@@ -75,8 +77,6 @@ def resolve(seam: Seam, host: str) -> tuple[Any, str, Any] | None:
     host: name and version for the message. Raises OprojError when the symbol is missing or
     its signature lacks a parameter that the wrapper relies on.
     """
-    import wrapt
-
     try:
         module = importlib.import_module(seam.module)
         parent, attribute, original = wrapt.resolve_path(module, seam.path)
@@ -105,8 +105,6 @@ def resolve(seam: Seam, host: str) -> tuple[Any, str, Any] | None:
 
 def install(seams: Sequence[Seam], host: str) -> list[Installed]:
     """Wrap every seam; on any error nothing is wrapped. Raises OprojError as `resolve` does."""
-    import wrapt
-
     targets = [(seam, found) for seam in seams if (found := resolve(seam, host)) is not None]
     done: list[Installed] = []
     try:

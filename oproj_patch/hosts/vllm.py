@@ -10,17 +10,19 @@ import ast
 import hashlib
 import importlib.util
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import releases
 from .._version import __version__
 from ..errors import OprojError
-from ..settings import TOGGLE, Settings
+from ..settings import SKIP_VERSION_CHECK, TOGGLE, Settings
 from ..sharding import layer as sharded
 from ..sharding import metrics, otp_group
 from ..sharding.otp_group import Counts, OtpGroup
+from ..sharding.rows import HostPass
 from . import refusals
-from .host import Host
 from .refusals import of
 from .seam import Seam
 
@@ -30,18 +32,36 @@ LOADERS = "vllm.model_executor.model_loader"
 SAVERS = {"sharded_state_loader": "ShardedStateLoader", "tensorizer_loader": "TensorizerLoader"}
 
 
-class Vllm(Host):
-    """Upstream vLLM."""
+class Vllm(HostPass):
+    """Upstream vLLM.
+
+    name: its distribution; versions: distribution -> version, this package's own included.
+    settings: those of the current start.
+    """
 
     name = "vllm"
     _metadata: Any = None
     _counts: Counts | None = None
 
-    def seams(self, config: Any) -> tuple[Seam, ...]:
-        """Return what is patched, group creation excepted, which `activation` wraps.
+    def __init__(self, versions: Mapping[str, str]) -> None:
+        self.versions, self.settings = dict(versions), Settings()
 
-        config: vLLM's VllmConfig, or None where it is not known.
-        """
+    def __str__(self) -> str:
+        names = dict.fromkeys((self.name, "vllm"))
+        return " on ".join(f"{name} {self.versions[name]}" for name in names)
+
+    def check_version(self, settings: Settings) -> None:
+        """Raise OprojError for an untested release, unless the check is switched off."""
+        problem = releases.untested(self.versions["vllm"], self.versions.get("vllm-ascend"))
+        if problem and not settings.skip_version_check:
+            raise OprojError(
+                "OPROJ009",
+                f"{problem}; install a tested release, or set {SKIP_VERSION_CHECK}=1 to try this "
+                f"one after its symbols have been checked, or unset {TOGGLE}.",
+            )
+
+    def seams(self, config: Any) -> tuple[Seam, ...]:
+        """Return the seams for a VllmConfig (None: unknown); `activation` wraps group creation."""
 
         def model_built(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
             config = inspect.signature(wrapped).bind(*args, **kwargs).arguments["vllm_config"]

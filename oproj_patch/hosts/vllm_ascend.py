@@ -26,15 +26,15 @@ from .seam import Seam
 from .vllm import Vllm, attention_built
 
 TORCHAIR = "vllm_ascend.torchair"
+TORCHAIR_MODEL = "torchair.models.torchair_deepseek_v2"
 SPARSE = "vllm_ascend.models.deepseek_v3_2"
+RUNNER = "worker.model_runner_v1"
 
 # Operators that vllm-ascend may put in place of a row-parallel forward and that change nothing
 # without tensor parallelism: they reduce over the tensor-parallel group only.
 _PLAIN_WITHOUT_TP = ("SequenceRowParallelOp", "MatmulAllreduceRowParallelOp")
 # Classes that scatter their result over the tensor-parallel ranks.
 _SCATTERING = ("RowParallelScatterLinear", "TorchairDeepseekV2RowParallelLinearReplaceAllreduce")
-
-TORCHAIR_MODEL = "torchair.models.torchair_deepseek_v2"
 
 # (module below vllm_ascend, symbol, first release, last release; empty: no end)
 LINEARS = (
@@ -56,7 +56,6 @@ IMPLEMENTATIONS = (
     ("torchair.torchair_mla", "AscendMLATorchairImpl", "0.11.0", "0.11.0"),
     ("torchair.torchair_sfa", "AscendSFATorchairImpl", "0.11.0", "0.11.0"),
 )
-RUNNER = "worker.model_runner_v1"
 SKIPS = (
     (RUNNER, "NPUModelRunner._skip_all_reduce_across_dp_group", "0.13.0", "0.13.0"),
     (RUNNER, "should_skip_allreduce_across_dp_group", "0.18.0", ""),
