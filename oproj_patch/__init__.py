@@ -20,15 +20,13 @@ if TYPE_CHECKING:
 
 __all__ = ["OprojError", "OprojValueError", "Status", "__version__", "disable", "enable", "status"]
 
-_ERRORS = ("OprojError", "OprojValueError")
-
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import activation, errors
 
-    return getattr(errors if name in _ERRORS else activation, name)
+    return getattr(errors if name.startswith("Oproj") else activation, name)
 
 
 def plugin() -> None:

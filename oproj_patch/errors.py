@@ -38,8 +38,7 @@ class OprojError(RuntimeError):
         super().__init__(f"{code}: {sentence}")
 
     def __reduce__(self) -> tuple[type[OprojError], tuple[str, ...]]:
-        # Errors cross process borders (executor to engine core); the default
-        # reduction would pass the joined message as `code`.
+        # Between processes the default reduction would pass the joined message as `code`.
         return type(self), (self.code, self.sentence)
 
 

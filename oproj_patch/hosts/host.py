@@ -1,47 +1,13 @@
-"""What the hosts have in common: their versions, the version gate, the resolved settings."""
+"""The settings that a start resolves from the environment and the host's configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .. import releases
 from ..errors import OprojError
-from ..settings import SKIP_VERSION_CHECK, TOGGLE, Settings, merge
-from ..sharding.rows import HostPass
+from ..settings import TOGGLE, Settings, merge
 from . import ascend_option
-
-
-class Host(HostPass):
-    """One host of this process.
-
-    name: its distribution; versions: distribution -> version, this package's own included.
-    settings: those of the current start.
-    """
-
-    name: str
-    settings: Settings
-
-    def __init__(self, versions: Mapping[str, str]) -> None:
-        self.versions = dict(versions)
-        self.settings = Settings()
-
-    def __str__(self) -> str:
-        names = dict.fromkeys((self.name, "vllm"))
-        return " on ".join(f"{name} {self.versions[name]}" for name in names)
-
-    def check_version(self, settings: Settings) -> None:
-        """Raise OprojError for an untested release, unless the check is switched off."""
-        if settings.skip_version_check:
-            return
-        problem = releases.untested(self.versions["vllm"], self.versions.get("vllm-ascend"))
-        if problem:
-            raise OprojError(
-                "OPROJ009",
-                f"{problem}; install a tested release, or set {SKIP_VERSION_CHECK}=1 to try this "
-                f"one after its symbols have been checked, or unset {TOGGLE}.",
-            )
 
 
 def resolved(settings: Settings, config: Any) -> Settings:
@@ -60,8 +26,7 @@ def resolved(settings: Settings, config: Any) -> Settings:
             f"{TOGGLE} is auto, and in --additional-config oproj_patch.size is {settings.size} "
             f"but {ascend_option.KEY} is {theirs}; accepted is one size: remove one of the two.",
         )
-    size = settings.size or theirs
-    if not size:
+    if not (size := settings.size or theirs):
         raise OprojError(
             "OPROJ017",
             f"{TOGGLE} is auto, but --additional-config names no size; accepted is "

@@ -17,18 +17,14 @@ def add_to_vllm_plugins(environ: MutableMapping[str, str]) -> Callable[[], None]
     if before is None or PLUGIN in before.split(","):
         return lambda: None
     environ["VLLM_PLUGINS"] = ",".join([*filter(None, before.split(",")), PLUGIN])
-
-    def undo() -> None:
-        environ["VLLM_PLUGINS"] = before
-
-    return undo
+    return lambda: environ.update(VLLM_PLUGINS=before)
 
 
 def add_to_ray(environ: MutableMapping[str, str]) -> Callable[[], None]:
     """Make vLLM copy our variables to Ray workers; return what takes exactly that back.
 
-    vLLM copies what its platform names in `additional_env_vars` (0.9.1 to 0.18) or
-    what `VLLM_RAY_EXTRA_ENV_VARS_TO_COPY` names (since 0.17; older ones do not know it).
+    vLLM copies what its platform's `additional_env_vars` (0.9.1 to 0.18) or the variable
+    `VLLM_RAY_EXTRA_ENV_VARS_TO_COPY` names (since 0.17; older ones do not know it).
     """
     from vllm import envs
     from vllm.platforms import current_platform
@@ -39,9 +35,8 @@ def add_to_ray(environ: MutableMapping[str, str]) -> Callable[[], None]:
     if RAY_EXTRA in envs.environment_variables:
         ours = [name for name in VARIABLES if name not in present]
         environ[RAY_EXTRA] = ",".join(present + ours)
-    names = getattr(current_platform, "additional_env_vars", None)
-    if not isinstance(names, list):
-        names = []
+    copied = getattr(current_platform, "additional_env_vars", None)
+    names = copied if isinstance(copied, list) else []
     added = [name for name in VARIABLES if name not in names]
     names.extend(added)
 
@@ -50,9 +45,8 @@ def add_to_ray(environ: MutableMapping[str, str]) -> Callable[[], None]:
         for name in set(added).intersection(names):
             names.remove(name)
         left = [name for name in environ.get(RAY_EXTRA, "").split(",") if name not in ours]
-        if any(left) or before is not None:
-            environ[RAY_EXTRA] = ",".join(left)
-        else:
-            environ.pop(RAY_EXTRA, None)
+        environ[RAY_EXTRA] = ",".join(left)
+        if before is None and not any(left):
+            del environ[RAY_EXTRA]
 
     return undo

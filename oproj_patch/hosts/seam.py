@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import wrapt
+
 from .. import releases
 from ..errors import OprojError
 from ..settings import TOGGLE
@@ -50,7 +52,6 @@ class Installed:
     seam: Seam
     parent: Any
     attribute: str
-    original: Any
     inherited: bool
     wrapper: Any = None
     enabled: bool = True
@@ -59,18 +60,14 @@ class Installed:
         return self.enabled
 
     def undo(self) -> bool:
-        """Put the original back if the attribute is still ours; tell whether it was.
-
-        Another plugin may have wrapped it after us. Then our wrapper passes through, because
-        the attribute is theirs.
-        """
+        """Put the original back if the attribute is still ours, else pass through; tell which."""
         self.enabled = False
         if vars(self.parent).get(self.attribute) is not self.wrapper:
-            return False
+            return False  # another plugin has wrapped it after us
         if self.inherited:
             delattr(self.parent, self.attribute)
         else:
-            setattr(self.parent, self.attribute, self.original)
+            setattr(self.parent, self.attribute, self.wrapper.__wrapped__)
         return True
 
 
@@ -80,8 +77,6 @@ def resolve(seam: Seam, host: str) -> tuple[Any, str, Any] | None:
     host: name and version for the message. Raises OprojError when the symbol is missing or
     its signature lacks a parameter that the wrapper relies on.
     """
-    import wrapt
-
     try:
         module = importlib.import_module(seam.module)
         parent, attribute, original = wrapt.resolve_path(module, seam.path)
@@ -94,30 +89,28 @@ def resolve(seam: Seam, host: str) -> tuple[Any, str, Any] | None:
     function = inspect.unwrap(getattr(parent, attribute))
     found = inspect.signature(function).parameters
     lacking = [name for name in seam.parameters if name not in found]
-    if lacking:
-        owner = str(getattr(function, "__module__", ""))
-        what = f"has no parameter {', '.join(lacking)}, only {', '.join(found)}"
-        if owner.partition(".")[0] != seam.module.partition(".")[0]:
-            raise OprojError(
-                "OPROJ008",
-                f"{seam.symbol} of {host} was replaced by {owner}.{function.__qualname__}, which "
-                f"{what}; accepted is a wrapper with functools.wraps, which keeps the signature: "
-                f"correct or remove that plugin, or unset {TOGGLE}.",
-            )
+    if not lacking:
+        return parent, attribute, original
+    owner = str(getattr(function, "__module__", ""))
+    what = f"has no parameter {', '.join(lacking)}, only {', '.join(found)}"
+    if owner.partition(".")[0] == seam.module.partition(".")[0]:
         raise _drift(seam, host, what)
-    return parent, attribute, original
+    raise OprojError(
+        "OPROJ008",
+        f"{seam.symbol} of {host} was replaced by {owner}.{function.__qualname__}, which {what}; "
+        "accepted is a wrapper with functools.wraps, which keeps the signature: correct or "
+        f"remove that plugin, or unset {TOGGLE}.",
+    )
 
 
 def install(seams: Sequence[Seam], host: str) -> list[Installed]:
     """Wrap every seam; on any error nothing is wrapped. Raises OprojError as `resolve` does."""
-    import wrapt
-
     targets = [(seam, found) for seam in seams if (found := resolve(seam, host)) is not None]
     done: list[Installed] = []
     try:
         for seam, (parent, attribute, original) in targets:
             inherited = inspect.isclass(parent) and attribute not in vars(parent)
-            entry = Installed(seam, parent, attribute, original, inherited)
+            entry = Installed(seam, parent, attribute, inherited)
             entry.wrapper = wrapt.FunctionWrapper(original, seam.wrapper, enabled=entry.is_on)
             wrapt.apply_patch(parent, attribute, entry.wrapper)
             done.append(entry)
@@ -129,9 +122,8 @@ def install(seams: Sequence[Seam], host: str) -> list[Installed]:
 
 def undo(installed: Sequence[Installed]) -> None:
     """Put the originals back, last first; say so where another plugin's wrapper stays."""
-    left = [entry.seam.symbol for entry in reversed(installed) if not entry.undo()]
-    if left:
-        told = "another wrapper was put on after oproj_patch's, so oproj_patch's stays there and"
+    told = "another wrapper was put on after oproj_patch's, so oproj_patch's stays there and"
+    if left := [entry.seam.symbol for entry in reversed(installed) if not entry.undo()]:
         _log.warning("%s: %s passes through.", ", ".join(left), told)
 
 

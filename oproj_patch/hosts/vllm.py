@@ -10,41 +10,58 @@ import ast
 import hashlib
 import importlib.util
 import inspect
-import itertools
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import releases
 from .._version import __version__
 from ..errors import OprojError
-from ..settings import TOGGLE, Settings
+from ..settings import SKIP_VERSION_CHECK, TOGGLE, Settings
 from ..sharding import layer as sharded
 from ..sharding import metrics, otp_group
 from ..sharding.otp_group import Counts, OtpGroup
+from ..sharding.rows import HostPass
 from . import refusals
-from .host import Host
+from .refusals import of
 from .seam import Seam
 
 LINEAR = "vllm.model_executor.layers.linear"
 DEEPSEEK = "vllm.model_executor.models.deepseek_v2"
 LOADERS = "vllm.model_executor.model_loader"
-SAVERS = (
-    ("sharded_state_loader", "ShardedStateLoader"), ("tensorizer_loader", "TensorizerLoader"),
-)  # fmt: skip
+SAVERS = {"sharded_state_loader": "ShardedStateLoader", "tensorizer_loader": "TensorizerLoader"}
 
 
-class Vllm(Host):
-    """Upstream vLLM."""
+class Vllm(HostPass):
+    """Upstream vLLM.
+
+    name: its distribution; versions: distribution -> version, this package's own included.
+    settings: those of the current start.
+    """
 
     name = "vllm"
     _metadata: Any = None
     _counts: Counts | None = None
 
-    def seams(self, config: Any) -> tuple[Seam, ...]:
-        """Return what is patched, group creation excepted, which `activation` wraps.
+    def __init__(self, versions: Mapping[str, str]) -> None:
+        self.versions, self.settings = dict(versions), Settings()
 
-        config: vLLM's VllmConfig, or None where it is not known.
-        """
+    def __str__(self) -> str:
+        names = dict.fromkeys((self.name, "vllm"))
+        return " on ".join(f"{name} {self.versions[name]}" for name in names)
+
+    def check_version(self, settings: Settings) -> None:
+        """Raise OprojError for an untested release, unless the check is switched off."""
+        problem = releases.untested(self.versions["vllm"], self.versions.get("vllm-ascend"))
+        if problem and not settings.skip_version_check:
+            raise OprojError(
+                "OPROJ009",
+                f"{problem}; install a tested release, or set {SKIP_VERSION_CHECK}=1 to try this "
+                f"one after its symbols have been checked, or unset {TOGGLE}.",
+            )
+
+    def seams(self, config: Any) -> tuple[Seam, ...]:
+        """Return the seams for a VllmConfig (None: unknown); `activation` wraps group creation."""
 
         def model_built(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
             config = inspect.signature(wrapped).bind(*args, **kwargs).arguments["vllm_config"]
@@ -66,7 +83,7 @@ class Vllm(Host):
 
         attention = "check that DeepSeek's attention got a sharded o_proj", ("prefix",)
         return (
-            Seam(LINEAR, "RowParallelLinear.__init__", linear_constructed(self),
+            Seam(LINEAR, "RowParallelLinear.__init__", self.linear_constructed,
                  "make an o_proj a sharded layer before its weights exist",
                  ("input_size", "output_size", "quant_config", "prefix")),
             Seam(DEEPSEEK, "DeepseekV2MLAAttention.__init__", attention_built, *attention),
@@ -80,38 +97,49 @@ class Vllm(Host):
             *(Seam(f"{LOADERS}.{module}", f"{loader}.save_model", refuse_to_save,
                    "refuse files that are named by tensor-parallel rank only",
                    ("model",), required=False)
-              for module, loader in SAVERS),
+              for module, loader in SAVERS.items()),
         )  # fmt: skip
+
+    def linear_constructed(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
+        """Wrap a linear layer's constructor: an o_proj becomes a sharded layer."""
+        prefix = inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("prefix", "")
+        nested = isinstance(instance, sharded.ShardedMixin)
+        if nested or not sharded.is_o_proj(prefix) or left_whole(prefix):
+            wrapped(*args, **kwargs)
+            return
+        from vllm.distributed import parallel_state
+
+        group = otp_group.require(prefix)
+        sharded.construct(wrapped, instance, args, kwargs, group, parallel_state, self)
 
     def check(self, config: Any, settings: Settings) -> None:
         """Raise OprojError for a VllmConfig that cannot be served."""
-        facts, rows = refusals.Facts(config), self.graph_rows(config)
-        refusals.check(facts, settings, self.versions, rows)
+        facts = refusals.Facts(config, self.ascend_config())
+        refusals.check(facts, settings, self.versions, self.graph_rows(config))
+
+    def ascend_config(self) -> Any:
+        """Return vllm-ascend's AscendConfig; None without vllm-ascend."""
+        return None
 
     def graph_rows(self, config: Any) -> int:
         """Return the largest row count for which a device graph may be captured; 0: none is."""
         # Read from 0.9.1 to 0.32.0. vLLM only lowers these sizes later.
-        compilation = refusals.of(config, "compilation_config")
-        eager = refusals.of(config, "model_config", "enforce_eager")
-        if eager or refusals.graph_mode(config) == "NONE":
+        if of(config, "model_config.enforce_eager") or refusals.graph_mode(config) == "NONE":
             return 0
-        sizes = [
-            *(getattr(compilation, "cudagraph_capture_sizes", None) or ()),
-            getattr(compilation, "max_cudagraph_capture_size", 0) or 0,  # since 0.11.2
-            getattr(compilation, "max_capture_size", 0) or 0,  # up to 0.11.0
-        ]
-        return max(map(int, sizes))
+        sizes = of(config, "compilation_config.cudagraph_capture_sizes") or ()
+        newer = of(config, "compilation_config.max_cudagraph_capture_size")  # since 0.11.2
+        older = of(config, "compilation_config.max_capture_size")  # up to 0.11.0
+        return max(map(int, (*sizes, newer or 0, older or 0)))
 
     def agreed(self, config: Any) -> dict[str, str]:
         """Return what of the host's configuration must be equal on all ranks."""
-        sizes = refusals.of(config, "compilation_config", "cudagraph_capture_sizes") or ()
-        drafted = refusals.of(config, "speculative_config", "num_speculative_tokens")
-        eager = bool(refusals.of(config, "model_config", "enforce_eager"))
+        sizes = of(config, "compilation_config.cudagraph_capture_sizes") or ()
+        drafted = of(config, "speculative_config.num_speculative_tokens") or 0
         return {
-            "enforce_eager": str(eager),
+            "enforce_eager": str(bool(of(config, "model_config.enforce_eager"))),
             "cudagraph_mode": refusals.graph_mode(config),
             "cudagraph_capture_sizes": str(sorted(sizes)) if self.graph_rows(config) else "",
-            "num_speculative_tokens": str(drafted or 0),
+            "num_speculative_tokens": str(drafted),
         }
 
     def announced(self, group: OtpGroup) -> Counts | None:
@@ -127,25 +155,22 @@ class Vllm(Host):
             return self._counts
         counts = getattr(metadata, "num_tokens_across_dp_cpu", None)
         totals = getattr(metadata, "cu_tokens_across_dp_cpu", None)
-        if counts is not None:
-            every = counts.tolist()
-        elif totals is not None:
-            every = [b - a for a, b in itertools.pairwise([0, *totals.tolist()])]
-        else:
+        if counts is None and totals is not None:
+            counts = totals.diff(prepend=totals.new_zeros(1))
+        if counts is None:
             return None
-        self._counts = tuple(every[group.dp_start : group.dp_start + group.size])
+        self._counts = tuple(counts[group.dp_start : group.dp_start + group.size].tolist())
         self._metadata = metadata
         return self._counts
 
     def shards_drafter(self, config: Any) -> bool:
         """Tell whether a drafter runs equally often on every rank, with announced counts.
 
-        True where vLLM runs the drafter also for a rank whose input exceeds its limit, which it
-        does from 0.25 on; before, such a rank skips it, and up to 0.11 an idle rank runs it once,
-        the others once per speculative token. The counts of a `draft_model` are the target's
-        (0.32.0, second runner).
+        From 0.25 on vLLM runs the drafter also for a rank whose input exceeds its limit. Before,
+        such a rank skips it, and up to 0.11 an idle rank runs it once, the others once per token.
+        The counts of a `draft_model` are the target's (0.32.0, second runner).
         """
-        if refusals.of(config, "speculative_config", "method") == "draft_model":
+        if of(config, "speculative_config.method") == "draft_model":
             return False
         # Read, not imported: the runner needs kernels that a build may lack.
         spec = importlib.util.find_spec("vllm.v1.worker.gpu_model_runner")
@@ -173,39 +198,23 @@ class Vllm(Host):
         metrics.publish(group)
 
 
-def linear_constructed(host: Host) -> Callable[..., None]:
-    """Return the wrapper of a linear layer's constructor: an o_proj becomes a sharded layer."""
-
-    def constructed(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
-        prefix = inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("prefix", "")
-        nested = isinstance(instance, sharded.ShardedMixin)
-        if nested or not sharded.is_o_proj(prefix) or left_whole(otp_group.require(prefix)):
-            wrapped(*args, **kwargs)
-            return
-        from vllm.distributed import parallel_state
-
-        group = otp_group.require(prefix)
-        sharded.construct(wrapped, instance, args, kwargs, group, parallel_state, host)
-
-    return constructed
-
-
 def attention_built(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
     """Wrap an attention module's constructor: its o_proj must be a sharded layer."""
     wrapped(*args, **kwargs)
     prefix = inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("prefix", "")
-    if not left_whole(otp_group.require(prefix)):
+    if not left_whole(prefix):
         sharded.require_sharded(instance, prefix)
 
 
-def left_whole(group: OtpGroup) -> bool:
+def left_whole(prefix: str) -> bool:
     """Tell whether what is built now keeps its o_proj: alike on all ranks.
 
-    So does a drafter that ranks do not run in step, and a drafter that vLLM builds in a
+    It does in a drafter that ranks do not run in step, and in one that vLLM builds in a
     tensor-parallel group of its own, because our groups follow the model's.
     """
     from vllm.distributed import parallel_state
 
+    group = otp_group.require(prefix)
     return group.complete or list(parallel_state.get_tp_group().ranks) != group.tp_ranks
 
 

@@ -1,10 +1,9 @@
 """vllm-ascend: its seams, on top of those in vLLM, and what it tells of a pass.
 
-Three things differ from upstream vLLM. vllm-ascend has o_proj classes of its own, whose
-constructors never call vLLM's. Its attention *implementation* calls o_proj, and returns early
-when there is no attention metadata, so the dummy batch of an idle rank would leave the other
-ranks waiting. And its data-parallel metadata may differ from rank to rank, so the ranks agree on
-their rows themselves, once a forward pass.
+vllm-ascend has o_proj classes of its own, whose constructors never call vLLM's. Its attention
+*implementation* calls o_proj, and returns early without attention metadata, so the dummy batch of
+an idle rank would leave the other ranks waiting. Its data-parallel metadata may differ from rank
+to rank, so the ranks agree on their rows themselves, once a forward pass.
 """
 
 from __future__ import annotations
@@ -13,30 +12,29 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from .. import releases
 from ..errors import OprojError
-from ..settings import TOGGLE, Settings
+from ..settings import TOGGLE
 from ..sharding import layer as sharded
 from ..sharding.otp_group import Counts, OtpGroup
 from . import refusals
-from .host import Host
 from .seam import Seam
-from .vllm import Vllm, attention_built, linear_constructed
+from .vllm import Vllm, attention_built
 
 TORCHAIR = "vllm_ascend.torchair"
+TORCHAIR_MODEL = "torchair.models.torchair_deepseek_v2"
 SPARSE = "vllm_ascend.models.deepseek_v3_2"
+RUNNER = "worker.model_runner_v1"
 
 # Operators that vllm-ascend may put in place of a row-parallel forward and that change nothing
 # without tensor parallelism: they reduce over the tensor-parallel group only.
 _PLAIN_WITHOUT_TP = ("SequenceRowParallelOp", "MatmulAllreduceRowParallelOp")
 # Classes that scatter their result over the tensor-parallel ranks.
 _SCATTERING = ("RowParallelScatterLinear", "TorchairDeepseekV2RowParallelLinearReplaceAllreduce")
-
-TORCHAIR_MODEL = "torchair.models.torchair_deepseek_v2"
 
 # (module below vllm_ascend, symbol, first release, last release; empty: no end)
 LINEARS = (
@@ -58,7 +56,6 @@ IMPLEMENTATIONS = (
     ("torchair.torchair_mla", "AscendMLATorchairImpl", "0.11.0", "0.11.0"),
     ("torchair.torchair_sfa", "AscendSFATorchairImpl", "0.11.0", "0.11.0"),
 )
-RUNNER = "worker.model_runner_v1"
 SKIPS = (
     (RUNNER, "NPUModelRunner._skip_all_reduce_across_dp_group", "0.13.0", "0.13.0"),
     (RUNNER, "should_skip_allreduce_across_dp_group", "0.18.0", ""),
@@ -72,29 +69,33 @@ class VllmAscend(Vllm):
     name = "vllm-ascend"
     _npu: Any = None
 
-    @property
-    def version(self) -> str:
-        return self.versions[self.name]
-
     def seams(self, config: Any) -> tuple[Seam, ...]:
-        tested = releases.untested(self.versions["vllm"], self.version) == ""
+        version, names = self.versions[self.name], refusals.of(config, refusals.ARCHITECTURES)
+        tested = releases.untested(self.versions["vllm"], version) == ""
+        sparse = "DeepseekV32ForCausalLM" in (names or ()) and not self.traceable()
         own = []
         for entry in registry(self):
-            if entry.module.startswith(TORCHAIR) and refusals.torchair(_ascend_config()) is None:
+            if entry.module.startswith(TORCHAIR) and not self.traceable():
                 continue  # vllm-ascend imports these modules, and torchair, only in that mode
-            # Importing this module replaces DeepSeek's decoder constructor by V3.2's.
-            if entry.module == SPARSE and not _builds_sparse(config):
-                continue
-            if releases.applies(self.version, entry.since, entry.until):
+            if entry.module == SPARSE and not sparse:
+                continue  # importing it replaces DeepSeek's decoder constructor by V3.2's
+            if releases.applies(version, entry.since, entry.until):
                 own.append(entry)
-            elif not tested:
-                # The user said not to trust the number: what is there is wrapped.
+            elif not tested:  # the user said not to trust the number: what is there is wrapped
                 own.append(replace(entry, required=False))
         return (*super().seams(config), *own)
 
-    def check(self, config: Any, settings: Settings) -> None:
-        facts, rows = refusals.Facts(config, _ascend_config()), self.graph_rows(config)
-        refusals.check(facts, settings, self.versions, rows)
+    def linear_constructed(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
+        nested = isinstance(instance, sharded.ShardedMixin)
+        super().linear_constructed(wrapped, instance, args, kwargs)
+        if not nested and isinstance(instance, sharded.ShardedMixin):
+            _check_layer(instance)
+
+    def ascend_config(self) -> Any:
+        from vllm_ascend import ascend_config
+
+        # The worker has initialized it by the time vLLM creates its groups.
+        return ascend_config._ASCEND_CONFIG
 
     def capturing(self) -> bool:
         if self._npu is None:
@@ -113,11 +114,11 @@ class VllmAscend(Vllm):
         one, as long as it has the target's rows. In 0.13.0 it chooses a graph by its own rows; in
         0.11.0 an idle rank runs an EAGLE drafter once, a working one once per token.
         """
+        from vllm_ascend.worker import model_runner_v1
+
         drafter = getattr(config, "speculative_config", None)
         method = str(getattr(drafter, "method", "") or "")
         graphs = not self.traceable() and refusals.graph_mode(config) not in ("", "NONE")
-        from vllm_ascend.worker import model_runner_v1
-
         if hasattr(model_runner_v1, "should_skip_allreduce_across_dp_group"):
             padded = not getattr(drafter, "disable_padded_drafter_batch", False)
             return not graphs or (padded and ("mtp" in method or "eagle" in method))
@@ -126,21 +127,13 @@ class VllmAscend(Vllm):
         return "eagle" not in method or getattr(drafter, "num_speculative_tokens", 1) == 1
 
     def traceable(self) -> bool:
-        return refusals.torchair(_ascend_config()) is not None
+        return refusals.torchair(self.ascend_config())
 
 
-def registry(host: Host) -> tuple[Seam, ...]:
+def registry(host: VllmAscend) -> tuple[Seam, ...]:
     """Return all seams in vllm-ascend, of every release."""
-    construct = linear_constructed(host)
-
-    def constructed(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
-        nested = isinstance(instance, sharded.ShardedMixin)
-        construct(wrapped, instance, args, kwargs)
-        if not nested and isinstance(instance, sharded.ShardedMixin):
-            _check_layer(instance)
-
     kinds: tuple[tuple[Any, str, Callable[..., Any], str, tuple[str, ...]], ...] = (
-        (LINEARS, ".__init__", constructed,
+        (LINEARS, ".__init__", host.linear_constructed,
          "make an o_proj of this class a sharded layer before its weights exist", ()),
         (ATTENTIONS, ".__init__", attention_built,
          "check that this attention got a sharded o_proj", ("prefix",)),
@@ -160,11 +153,9 @@ def registry(host: Host) -> tuple[Seam, ...]:
 def attention_ran(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """Wrap an attention implementation's forward: it always runs its o_proj."""
     result = wrapped(*args, **kwargs)
-    if _argument(wrapped, "attn_metadata", args, kwargs) is not None:
-        return result
     layer: Any = getattr(instance, "o_proj", None)
-    if isinstance(layer, sharded.ShardedMixin):
-        layer = cast(Any, layer)
+    ours = isinstance(layer, sharded.ShardedMixin)
+    if ours and _argument(wrapped, "attn_metadata", args, kwargs) is None:
         output = _argument(wrapped, "output", args, kwargs)
         columns = layer.input_size // layer.oproj.group.tp_size
         layer(output.new_zeros((output.shape[0], columns)))
@@ -188,40 +179,25 @@ def _names(function: Any) -> tuple[str, ...]:
 def _check_layer(layer: Any) -> None:
     """Refuse what vllm-ascend chose for a sharded layer and would not survive sharding."""
     tp_size, operator = layer.oproj.group.tp_size, getattr(layer, "custom_op", None)
-    name = type(operator).__name__
+    name, chosen, problem = layer.oproj.name, type(operator).__name__, ""
     method = type(getattr(layer.quant_method, "quant_method", layer.quant_method)).__name__
-    problem = ""
-    if operator is not None and (tp_size > 1 or name not in _PLAIN_WITHOUT_TP):
+    if operator is not None and (tp_size > 1 or chosen not in _PLAIN_WITHOUT_TP):
         problem = (
-            f"vllm-ascend runs {layer.oproj.name} through its own {name} (tensor-parallel "
-            f"size {tp_size}): disable the option that asks for it (flashcomm, matmul_allreduce, "
-            "layer_sharding)"
+            f"vllm-ascend runs {name} through its own {chosen} (tensor-parallel size {tp_size}): "
+            "disable the option that asks for it (flashcomm, matmul_allreduce, layer_sharding)"
         )
     elif tp_size > 1 and any(c.__name__ in _SCATTERING for c in type(layer).__mro__):
         problem = (
-            f"{layer.oproj.name} is a {type(layer).__name__}, which scatters its result over "
-            f"{tp_size} tensor-parallel ranks: disable enable_prefill_optimizations, "
+            f"{name} is a {type(layer).__name__}, which scatters its result over {tp_size} "
+            "tensor-parallel ranks: disable enable_prefill_optimizations, "
             "enable_shared_expert_dp and multistream_overlap_shared_expert"
         )
     elif "flatquant" in method.lower():
         problem = (
-            f"{layer.oproj.name} is quantized by {method}, whose transforms span the whole input "
-            "dimension: leave o_proj out of that quantization"
+            f"{name} is quantized by {method}, whose transforms span the whole input dimension: "
+            "leave o_proj out of that quantization"
         )
     if problem:
         raise OprojError("OPROJ015", f"{TOGGLE} is set, but {problem}, or unset the variable.")
     if operator is not None:
         layer.custom_op = None
-
-
-def _ascend_config() -> Any:
-    from vllm_ascend import ascend_config
-
-    # The worker has initialized it by the time vLLM creates its groups.
-    return ascend_config._ASCEND_CONFIG
-
-
-def _builds_sparse(config: Any) -> bool:
-    """Tell whether vllm-ascend builds the model from its own module for V3.2 (no torchair)."""
-    names = refusals.of(config, "model_config", "hf_config", "architectures")
-    return refusals.torchair(_ascend_config()) is None and "DeepseekV32ForCausalLM" in (names or ())

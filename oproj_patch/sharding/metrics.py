@@ -1,9 +1,9 @@
 """Four Prometheus gauges of this worker, for vLLM's own `/metrics`; set once.
 
-The API server that answers `/metrics` is another process than the worker. prometheus_client
-bridges that with files in the directory `PROMETHEUS_MULTIPROC_DIR`. vLLM sets the variable when
-it starts several API servers (with `vllm serve` from 0.18 on: one per data-parallel rank unless
-told otherwise); the operator may set it otherwise. Without it nobody could see a worker's values.
+The API server that answers `/metrics` is another process. prometheus_client bridges that with
+files in the directory `PROMETHEUS_MULTIPROC_DIR`, without which nobody could see a worker's values.
+vLLM sets the variable when it starts several API servers (with `vllm serve` from 0.18 on: one per
+data-parallel rank unless told otherwise); the operator may set it otherwise.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ _log = logging.getLogger("vllm.oproj_patch")
 
 def publish(group: OtpGroup) -> None:
     """Set the gauges of this worker, if anybody could see them."""
-    kept, saved = group.totals()
-    values = (group.size, len(group.layers), kept, saved)
+    values = (group.size, len(group.layers), *group.totals())
     try:
         gauges = _gauges() if os.environ.get("PROMETHEUS_MULTIPROC_DIR") else {}
         for gauge, value in zip(gauges.values(), values, strict=False):

@@ -9,19 +9,14 @@ from ..settings import TOGGLE
 
 
 def check_size(size: int, dp_size: int) -> None:
-    """Refuse a group size that `dp_size` data-parallel ranks cannot be cut into.
-
-    Raises OprojValueError naming the toggle, the value and the accepted sizes.
-    """
+    """Raise OprojValueError for a size that does not cut `dp_size` data-parallel ranks evenly."""
     accepted = [n for n in range(2, dp_size + 1) if dp_size % n == 0]
     if size in accepted:
         return
-    remedy = (
-        f"accepted are the divisors of the data-parallel size {dp_size} above 1 "
-        f"({', '.join(map(str, accepted))})"
-        if accepted
-        else f"the data-parallel size is {dp_size}, so there is nothing to shard over"
-    )
+    remedy = f"the data-parallel size is {dp_size}, so there is nothing to shard over"
+    if accepted:
+        told = ", ".join(map(str, accepted))
+        remedy = f"accepted are the divisors of the data-parallel size {dp_size} above 1 ({told})"
     raise OprojValueError(
         "OPROJ003",
         f"{TOGGLE} is {size}; {remedy}: change it, change the data-parallel size, or unset it.",
@@ -35,11 +30,8 @@ def otp_groups(dp_groups: Sequence[Sequence[int]], size: int) -> list[list[int]]
         whole world, as vLLM lists them for any layout of (external DP, DP, PP, TP).
     Returns the global ranks of each otp group, in an order every rank computes alike.
     """
-    return [
-        list(ranks[start : start + size])
-        for ranks in dp_groups
-        for start in range(0, len(ranks), size)
-    ]
+    starts = range(0, len(dp_groups[0]), size)
+    return [list(ranks[start : start + size]) for ranks in dp_groups for start in starts]
 
 
 def layer_groups(
@@ -50,24 +42,15 @@ def layer_groups(
     The weight is cut into `tp * N` chunks; chunk `tp_rank * N + otp_rank` lives on the rank
     at that place of the returned list. With tp = 1 this is the otp group itself.
     """
-    otp_of = {rank: tuple(group) for group in otp for rank in group}
-    groups: list[list[int]] = []
-    seen: set[int] = set()
-    for tp_group in tp_groups:
-        members = [rank for tp_rank in tp_group for rank in otp_of[tp_rank]]
-        if seen.isdisjoint(members):
-            groups.append(members)
-            seen.update(members)
-    return groups
+    otp_of = {rank: group for group in otp for rank in group}
+    # Tensor-parallel groups whose ranks share their otp groups give the same members.
+    members = (tuple(rank for tp in group for rank in otp_of[tp]) for group in tp_groups)
+    return [list(group) for group in dict.fromkeys(members)]
 
 
 def check_divisible(name: str, input_size: int, tp_size: int, otp_size: int) -> None:
-    """Refuse an o_proj whose input dimension has no whole chunk for every rank.
-
-    Raises OprojValueError naming layer, dimension and toggle.
-    """
-    chunks = tp_size * otp_size
-    if input_size % chunks:
+    """Raise OprojValueError for an o_proj whose input has no whole chunk for every rank."""
+    if input_size % (tp_size * otp_size):
         raise OprojValueError(
             "OPROJ005",
             f"{TOGGLE} is {otp_size}, but the input dimension {input_size} of {name or 'o_proj'} "
@@ -81,11 +64,8 @@ def legal_sizes(dp_size: int, input_size: int, tp_size: int = 1, block: int = 1)
 
     block: input columns of one quantization block; every chunk is a whole multiple of it.
     """
-    return [
-        n
-        for n in range(2, dp_size + 1)
-        if dp_size % n == 0 and input_size % (tp_size * n * block) == 0
-    ]
+    sizes = (n for n in range(2, dp_size + 1) if dp_size % n == 0)
+    return [n for n in sizes if input_size % (tp_size * n * block) == 0]
 
 
 def step_bytes(size: int, columns: int, outputs: int, element_bytes: int) -> int:

@@ -68,7 +68,7 @@ class Host:
     @property
     def vllm(self) -> str:
         """The vLLM release of this host."""
-        return self.version if self.kind == "vllm" else ASCEND_RELEASES[self.version].vllm
+        return self.version if self.kind == "vllm" else ASCEND_RELEASES[self.version]
 
 
 HOSTS: tuple[Host, ...] = (

@@ -40,7 +40,7 @@ def test_releases_are_in_order_and_distinct() -> None:
         numbers = [parse(release) for release in listed]
         assert numbers == sorted(set(numbers))
     assert len(VLLM_RELEASES) == 28
-    assert {pair.vllm for pair in ASCEND_RELEASES.values()} <= set(VLLM_RELEASES)
+    assert set(ASCEND_RELEASES.values()) <= set(VLLM_RELEASES)
 
 
 def test_range_has_both_ends() -> None:
@@ -51,10 +51,13 @@ def test_range_has_both_ends() -> None:
     assert in_range("1.0", "0.9.1")
 
 
-def test_tested_as() -> None:
-    assert releases.tested_as("0.32.0+cpu", VLLM_RELEASES) == "0.32.0"
-    assert releases.tested_as("0.23.0.post1", ASCEND_RELEASES) == "0.23.0"
-    assert releases.tested_as("0.33.0", VLLM_RELEASES) is None
+def test_untested() -> None:
+    assert releases.untested("0.32.0+cpu") == ""
+    assert releases.untested("0.33.0") == "requested vllm 0.9.1 to 0.32.0, found 0.33.0"
+    assert releases.untested("0.23.0+cpu", "0.23.0.post1") == ""
+    assert releases.untested("0.23.0", "0.22.1").endswith(", 0.23.0, found 0.22.1")
+    told = "requested vllm 0.23.0 for vllm-ascend 0.23.0.post1, found vllm 0.22.1"
+    assert releases.untested("0.22.1", "0.23.0.post1") == told
 
 
 def test_oldest_wrapt_that_is_run_is_the_one_promised() -> None:
