@@ -74,7 +74,13 @@ FULL = (
 
 
 def measure(
-    shape: str, ranks: int, dtype: str, counts: list[list[int]], gemm: bool, seconds: float, pairs: int
+    shape: str,
+    ranks: int,
+    dtype: str,
+    counts: list[list[int]],
+    gemm: bool,
+    seconds: float,
+    pairs: int,
 ) -> dict[str, Any]:
     """Body of a rank: its seconds for every case, contender and repetition, and bytes sent.
 

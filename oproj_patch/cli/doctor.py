@@ -1,8 +1,4 @@
-"""`oproj-patch doctor`: would the shim be active here, and if not, why not.
-
-Looks at the environment, the installed packages, the host's symbols and, when one is given, a
-vLLM command line. Nothing is patched and no engine is started.
-"""
+"""`oproj-patch doctor`: would the shim be active here, and if not, why not."""
 
 from __future__ import annotations
 
@@ -40,15 +36,12 @@ PLUGIN_GROUP, PLUGIN_TARGET = "vllm.general_plugins", "oproj_patch:plugin"
 RESTARTED = "_OPROJ_PATCH_DOCTOR"
 """Set in the environment of a doctor that has been started again with the command's variables."""
 
-_COLORS: dict[State, str] = {"ok": "32", "note": "36", "unknown": "33", "problem": "31"}
-
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """One thing that was looked at; `problem` keeps the shim from being active.
 
-    state: `ok`; `note`, worth knowing; `unknown`, could not be told; `problem`, keeps the shim
-        from being active. code: the error's code, for a problem that would raise one.
+    code: the error's code, for a problem that would raise one.
     """
 
     check: str
@@ -80,8 +73,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--data-parallel-size 8",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    told = "what would be run: [NAME=value ...] vllm serve ..., or python -m "
-    told += "vllm.entrypoints.openai.api_server ..."
+    told = "what would be run: [NAME=value ...] vllm serve ..., or python -m MODULE ..."
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help=told)
     parser.set_defaults(func=run)
 
@@ -98,9 +90,7 @@ def run(args: argparse.Namespace) -> int:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)
     with _quiet():
         report = diagnose(server)
-    dumb = os.environ.get("TERM") == "dumb" or bool(os.environ.get("NO_COLOR"))
-    text = format_report(report, color=sys.stdout.isatty() and not dumb)
-    print(json.dumps(asdict(report), indent=2) if args.json else text)
+    print(json.dumps(asdict(report), indent=2) if args.json else format_report(report))
     return 0 if report.activates else 1
 
 
@@ -143,9 +133,9 @@ def diagnose(server: Sequence[str] = ()) -> Report:
     else:
         versions = {**host.versions, **versions}
         # First: on vllm-ascend the seams depend on the configuration.
-        size, commanded = _command(host, server, wanted)
+        size, config, commanded = _command(host, server, wanted)
         found += [_look("release", _release, host, wanted), _look("plugin", _plugin)]
-        for seam in (activation.group_seam(), *host.seams()):
+        for seam in (activation.group_seam(), *host.seams(config)):
             found.append(_look("seam", _seam, seam, str(host)))
         found += commanded
     states = [finding.state for finding in found]
@@ -161,12 +151,8 @@ def diagnose(server: Sequence[str] = ()) -> Report:
     return Report(activates, size, versions, tuple(found), f"Next: {then}.")
 
 
-def format_report(report: Report, color: bool = False) -> str:
-    """Return the report as text; with `color`, ANSI escapes color the states."""
-
-    def paint(state: State, text: str) -> str:
-        return f"\x1b[{_COLORS[state]}m{text}\x1b[0m" if color else text
-
+def format_report(report: Report) -> str:
+    """Return the report as text."""
     width = max(map(len, report.versions))
     lines = ["versions", *(f"  {name:<{width}}  {v}" for name, v in report.versions.items())]
     lines += ["", "checks"]
@@ -174,18 +160,18 @@ def format_report(report: Report, color: bool = False) -> str:
     wrapper = textwrap.TextWrapper(87 - width, break_long_words=False, break_on_hyphens=False)
     for finding in report.findings:
         body = wrapper.wrap(f"{finding.code}: {finding.text}" if finding.code else finding.text)
-        first = f"  {paint(finding.state, f'{finding.state:<7}')}  {finding.check:<{width}}  "
+        first = f"  {finding.state:<7}  {finding.check:<{width}}  "
         lines += [first + body[0], *(" " * (13 + width) + line for line in body[1:])]
     states = [finding.state for finding in report.findings]
     number = states.count("problem") or states.count("unknown")
     things = "1 thing above" if number == 1 else f"{number} things above"
     if report.activates:
         size = f"{report.size}-way" if report.size else "with the size of the host's configuration"
-        last = paint("ok", f"oproj_patch would be active here, {size}.")
+        last = f"oproj_patch would be active here, {size}."
     elif "problem" in states:
-        last = paint("problem", f"oproj_patch would not be active here: {things}.")
+        last = f"oproj_patch would not be active here: {things}."
     else:
-        last = paint("unknown", f"Whether oproj_patch would be active is open: {things}.")
+        last = f"Whether oproj_patch would be active is open: {things}."
     return "\n".join([*lines, "", last, report.next])
 
 
@@ -277,20 +263,20 @@ def _seam(seam: Seam, host: str) -> Finding | str:
 
 def _command(
     host: Vllm, server: Sequence[str], wanted: settings.Settings
-) -> tuple[int, list[Finding]]:
-    """Make vLLM's configuration from its command line; return the size and what was found."""
+) -> tuple[int, Any, list[Finding]]:
+    """Make vLLM's VllmConfig from its command line; return the size, it, and what was found."""
     if not server:
         state: State = "unknown" if wanted.auto else "note"
         text = "auto takes its size from it" if wanted.auto else "model and layout are not checked"
-        return wanted.size, [Finding("command", state, f"none given after --: {text}.")]
+        return wanted.size, None, [Finding("command", state, f"none given after --: {text}.")]
     try:
         args, config = _configuration(server)
     except OprojError as error:  # raised by what vLLM has loaded: our plugin
-        return wanted.size, [Finding("refusals", "problem", error.sentence, error.code)]
+        return wanted.size, None, [Finding("refusals", "problem", error.sentence, error.code)]
     except (Exception, SystemExit) as error:  # it exits when asked for its help or version
         told = " ".join(str(error).split())[:600]
         text = f"vLLM cannot make a configuration from it ({type(error).__name__}: {told})"
-        return wanted.size, [Finding("command", "problem", text)]
+        return wanted.size, None, [Finding("command", "problem", text)]
     parallel, additional = args, args.additional_config
     if config is not None:
         parallel, additional = config.parallel_config, config.additional_config
@@ -304,7 +290,7 @@ def _command(
     text = f"--additional-config: {options}." if options else f"no {KEY} in --additional-config."
     found.append(Finding("built-in", "note" if options else "ok", text))
     if not wanted.enabled:
-        return 0, found
+        return 0, config, found
 
     def refused() -> str:
         """Raise OprojError as a worker would before it has built a layer, or while it does."""
@@ -324,7 +310,7 @@ def _command(
         return "nothing in this configuration is refused."
 
     found.append(_look("refusals", refused))
-    return wanted.size, found
+    return wanted.size, config, found
 
 
 def _configuration(server: Sequence[str]) -> tuple[Any, Any]:

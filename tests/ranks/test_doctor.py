@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import subprocess
 import sys
 import venv
@@ -254,25 +253,6 @@ def test_plain_in_a_pipe(tmp_path: Path) -> None:
     assert lines[-2] == "oproj_patch would not be active here: 3 things above."
     assert lines[-1] == "Next: mend what is marked problem, and run doctor again."
     assert max(map(len, lines)) <= 100
-
-
-@pytest.mark.parametrize(("changes", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
-def test_coloured_on_a_terminal(tmp_path: Path, changes: dict[str, str], coloured: bool) -> None:
-    ours, theirs = pty.openpty()
-    try:
-        done = subprocess.run(
-            without_vllm(tmp_path),
-            env=environment(TERM="xterm", **changes),
-            cwd=tmp_path,
-            stdout=theirs,
-            timeout=60,
-        )
-        shown = os.read(ours, 1 << 16)
-    finally:
-        os.close(theirs)
-        os.close(ours)
-    assert done.returncode == 1
-    assert (b"\x1b[31mproblem\x1b[0m" in shown) is coloured
 
 
 # --- the command line around it ---------------------------------------------------------------
