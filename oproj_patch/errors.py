@@ -33,8 +33,7 @@ class OprojError(RuntimeError):
     def __init__(self, code: str, sentence: str) -> None:
         if code not in CODES:
             raise KeyError(code)
-        self.code = code
-        self.sentence = sentence
+        self.code, self.sentence = code, sentence
         super().__init__(f"{code}: {sentence}")
 
     def __reduce__(self) -> tuple[type[OprojError], tuple[str, ...]]:

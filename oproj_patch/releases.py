@@ -51,10 +51,7 @@ def in_range(version: str, first: str, last: str | None = None) -> bool:
 
 
 def applies(version: str, since: str, until: str) -> bool:
-    """Tell whether a fact of the releases from `since` to `until` (empty: no end) holds.
-
-    A version without a release number, such as `dev`, is taken for the newest.
-    """
+    """Tell whether a fact from `since` to `until` (empty: no end) holds; `dev` counts as newest."""
     try:
         return in_range(version, since or "0", until or None)
     except ValueError:

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from .._version import __version__
 from ..errors import OprojError
 
-BROKEN_PIPE = 141
-"""What a shell reports for a program that SIGPIPE ended."""
+BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:

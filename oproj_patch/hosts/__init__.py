@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 
 from .._version import __version__
@@ -38,8 +39,6 @@ def vllm_version() -> str:
 def distribution(*names: str) -> str | None:
     """Return the version of the first of `names` that is installed."""
     for name in names:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return None

@@ -41,8 +41,7 @@ def add_to_ray(environ: MutableMapping[str, str]) -> Callable[[], None]:
     names.extend(added)
 
     def undo() -> None:
-        # By name, because others may have added theirs since.
-        for name in set(added).intersection(names):
+        for name in set(added).intersection(names):  # others may have added theirs since
             names.remove(name)
         left = [name for name in environ.get(RAY_EXTRA, "").split(",") if name not in ours]
         environ[RAY_EXTRA] = ",".join(left)

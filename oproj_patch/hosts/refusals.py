@@ -80,7 +80,7 @@ def _more_than_one(name: str) -> Found:
 
 
 def _named(path: str, *prefixes: str) -> Found:
-    """Find the first name at `path`, which holds one or a list, with one of `prefixes`."""
+    """Find, at `path`, the name (of a list: the first) that begins with one of `prefixes`."""
 
     def found(facts: Facts) -> object:
         value = of(facts.vllm, path)
@@ -101,9 +101,7 @@ def _variable(name: str) -> Found:
 
 
 def _captured_as(*modes: str) -> Found:
-    return lambda facts: (
-        (mode := graph_mode(facts.vllm)) in modes and not torchair(facts.ascend) and mode
-    )
+    return lambda facts: not torchair(facts.ascend) and (m := graph_mode(facts.vllm)) in modes and m
 
 
 def _first_engine(_: Facts) -> object:
@@ -210,8 +208,7 @@ RULES: tuple[Rule, ...] = (
 def check(facts: Facts, settings: Settings, versions: Mapping[str, str], graph_rows: int) -> None:
     """Refuse a configuration that cannot be served.
 
-    versions: of vllm, and of vllm-ascend if it is there.
-    graph_rows: largest row count for which a device graph may be captured.
+    versions: of vllm, and of vllm-ascend if it is there; graph_rows: as `Vllm.graph_rows` tells.
     Raises OprojError (OprojValueError where a value of ours is at fault).
     """
     model = of(facts.vllm, "model_config")
@@ -233,8 +230,7 @@ def check(facts: Facts, settings: Settings, versions: Mapping[str, str], graph_r
                 f"{rule.why}; {rule.remedy}.",
             )
     topology.check_size(settings.size, of(facts.vllm, "parallel_config.data_parallel_size"))
-    rows = settings.weight_gather_rows
-    if rows and rows <= graph_rows:
+    if 0 < (rows := settings.weight_gather_rows or 0) <= graph_rows:
         raise OprojError(
             "OPROJ002",
             f"{WEIGHT_GATHER_ROWS} is {rows}, but device graphs are captured for up to "

@@ -143,10 +143,9 @@ class Vllm(HostPass):
         }
 
     def announced(self, group: OtpGroup) -> Counts | None:
-        """Return the synchronized counts of `ForwardContext.dp_metadata`.
+        """Return the synchronized counts of `ForwardContext.dp_metadata`, one object a pass.
 
-        Read from 0.9.1 to 0.32.0: `num_tokens_across_dp_cpu` from 0.11.0 on, before it only
-        their running sum. All layers of a pass read one object.
+        Read from 0.9.1 to 0.32.0: `num_tokens_across_dp_cpu`, before 0.11.0 their running sum.
         """
         from vllm import forward_context
 

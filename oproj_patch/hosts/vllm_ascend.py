@@ -94,8 +94,7 @@ class VllmAscend(Vllm):
     def ascend_config(self) -> Any:
         from vllm_ascend import ascend_config
 
-        # The worker has initialized it by the time vLLM creates its groups.
-        return ascend_config._ASCEND_CONFIG
+        return ascend_config._ASCEND_CONFIG  # set by the worker before vLLM creates its groups
 
     def capturing(self) -> bool:
         if self._npu is None:
@@ -104,8 +103,7 @@ class VllmAscend(Vllm):
         return bool(self._npu and self._npu.is_current_stream_capturing())
 
     def announced(self, group: OtpGroup) -> Counts | None:
-        # Where vllm-ascend pads some ranks only, its metadata differs from rank to rank.
-        return None
+        return None  # where vllm-ascend pads some ranks only, its metadata differs between ranks
 
     def shards_drafter(self, config: Any) -> bool:
         """Tell whether a drafter's graphs and passes are alike on all ranks.
@@ -159,16 +157,13 @@ def attention_ran(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         output = _argument(wrapped, "output", args, kwargs)
         columns = layer.input_size // layer.oproj.group.tp_size
         layer(output.new_zeros((output.shape[0], columns)))
-        # 0.9.1 returns what happened to be in memory; an idle rank's numbers go nowhere, but
-        # NaNs among them would spread through the experts' all-to-all.
+        # 0.9.1 returns uninitialized memory, whose NaNs would spread in the experts' all-to-all.
         output.zero_()
     return result
 
 
 def _argument(wrapped: Any, name: str, args: Any, kwargs: Any) -> Any:
-    if name in kwargs:
-        return kwargs[name]
-    return args[_names(wrapped.__func__).index(name) - 1]
+    return kwargs[name] if name in kwargs else args[_names(wrapped.__func__).index(name) - 1]
 
 
 @functools.cache

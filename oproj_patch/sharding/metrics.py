@@ -1,9 +1,8 @@
 """Four Prometheus gauges of this worker, for vLLM's own `/metrics`; set once.
 
-The API server that answers `/metrics` is another process. prometheus_client bridges that with
-files in the directory `PROMETHEUS_MULTIPROC_DIR`, without which nobody could see a worker's values.
-vLLM sets the variable when it starts several API servers (with `vllm serve` from 0.18 on: one per
-data-parallel rank unless told otherwise); the operator may set it otherwise.
+The API server is another process, which reads them from files of prometheus_client in the
+directory `PROMETHEUS_MULTIPROC_DIR`. vLLM sets the variable when it starts several API servers
+(`vllm serve` from 0.18 on: one per data-parallel rank by default); else the operator may set it.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ def publish(group: OtpGroup) -> None:
         gauges = _gauges() if os.environ.get("PROMETHEUS_MULTIPROC_DIR") else {}
         for gauge, value in zip(gauges.values(), values, strict=False):
             gauge.labels(str(group.ranks[group.rank])).set(value)
-    except (OSError, ValueError) as error:
-        # The other ranks would wait for a rank that ends for its metrics.
+    except (OSError, ValueError) as error:  # the others would wait for a rank that ends for this
         _log.warning("oproj_patch publishes no metrics here: %s", error)
 
 
