@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oproj_patch.settings import Settings
 from oproj_patch.sharding import exchange
 from oproj_patch.sharding.exchange import Pattern, Plan
 from oproj_patch.sharding.otp_group import OtpGroup
@@ -68,6 +70,80 @@ def test_the_decision_sees_nothing_that_one_rank_knows_alone() -> None:
     """Its inputs are the counts of the pass and what the ranks compared before the first step."""
     assert list(inspect.signature(exchange.decide).parameters) == ["counts", "plan"]
     assert all(isinstance(value, int) for value in R1)
+
+
+CAPTURED = (1, 2, 4, 8, 24)
+SMALL = Plan(3, 48, 40, 4, CAPTURED[-1], 6, 100_000)
+"""Weights are gathered from 6 rows on every rank on, were it not for the graphs."""
+
+
+def test_an_eager_rank_decides_as_every_rank_that_replays() -> None:
+    """For all counts that one graph serves: a replay does what its capture of equal rows did."""
+    for size in CAPTURED:
+        captured = exchange.decide((size,) * SMALL.size, SMALL)
+        for counts in itertools.product(range(size + 1), repeat=SMALL.size):
+            assert exchange.decide(counts, SMALL) == captured, (size, counts)
+
+
+@dataclass
+class Local:
+    """What only one rank knows of a step."""
+
+    capturing: bool
+    announced: bool
+    leads: bool
+    debug: bool
+    has_gathered: bool
+    verified: bool
+    inference: bool
+    short: bool  # fewer rows than announced
+
+
+@pytest.mark.parametrize(
+    ("counts", "gathers"), [((24, 24, 24), False), ((25, 30, 25), True), ((60, 3, 0), False)]
+)
+def test_a_step_communicates_alike_whatever_a_rank_knows_alone(
+    counts: tuple[int, ...], gathers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[Any, ...]] = []
+
+    def gathered(x: torch.Tensor, layer: Any) -> torch.Tensor:
+        done.append(("gather",))
+        return x.new_zeros(x.shape[0], SMALL.hidden)
+
+    def exchanged(layer: Any, x: torch.Tensor, rows: Any, parts: int = 1) -> torch.Tensor:
+        done.append(("exchange", rows, parts))
+        return x.new_zeros(x.shape[0], SMALL.hidden)
+
+    monkeypatch.setattr(exchange.weight_gather, "run", gathered)
+    monkeypatch.setattr(exchange, "exchange", exchanged)
+    monkeypatch.setattr(exchange.rows, "gather", lambda values, *_: [(*counts,)])
+    monkeypatch.setattr(exchange.diagnosis, "compare_places", lambda *_: None)
+    monkeypatch.setattr(exchange, "_gather_is_right", lambda *_: True)
+    seen = set()
+    for facts in itertools.product((False, True), repeat=len(fields(Local))):
+        local = Local(*facts)
+        if local.capturing and len(set(counts)) > 1:
+            continue  # all ranks capture the same rows
+        announced = counts if local.announced else None
+        host = SimpleNamespace(
+            capturing=lambda local=local: local.capturing, announced=lambda _, told=announced: told
+        )
+        group: Any = SimpleNamespace(
+            rank=0, ranks=[0, 1, 2], size=3, counts=None, steps=5,
+            settings=Settings(size=3, debug=local.debug), gathers=int(local.has_gathered),
+        )  # fmt: skip
+        shard = SimpleNamespace(
+            group=group, plan=SMALL, host=host, name="o_proj", leads=local.leads,
+            gather_verified=local.verified,
+        )  # fmt: skip
+        mine = counts[0] - (local.short and not local.capturing)
+        with torch.inference_mode(local.inference):
+            exchange.run(SimpleNamespace(oproj=shard), torch.zeros(mine, SMALL.columns))
+        seen.add(tuple(done))
+        done.clear()
+    (only,) = seen
+    assert (only == (("gather",),)) is gathers
 
 
 @pytest.mark.parametrize("graph_rows", [8, 512])
