@@ -124,7 +124,24 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(cell.rstrip('.') for cell in line)} |" for line in lines)
 
 
-TABLES: Mapping[str, Callable[[], str]] = {"seams": seams, "refusals": refusals, "compat": compat}
+def graphs() -> str:
+    """What `tests/graphs` shows of each host in each graph mode."""
+    from tests.graphs.test_releases import HOSTS, MODES, default, outcome
+
+    head = ("host", *(f"`{mode}`" for mode in MODES))
+    rows = []
+    for host in HOSTS:
+        cells = [outcome(host, mode) + ", default" * (mode == default(host)) for mode in MODES]
+        rows.append((str(host), *cells))
+    return _table(head, rows)
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    "seams": seams,
+    "refusals": refusals,
+    "compat": compat,
+    "graphs": graphs,
+}
 
 
 def rewritten(text: str) -> str:
