@@ -8,6 +8,7 @@ is read. While it is on, every other setting is also read from
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -59,27 +60,39 @@ class Settings:
         }
 
 
-def _seconds(value: str) -> float:
-    seconds = float(value)
+class _Option(NamedTuple):
+    """One setting. `parse` takes a variable's text or a value of JSON, and raises on others."""
+
+    field: str
+    variable: str
+    parse: Callable[[Any], Any]
+    accepted: str
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or value < 2:
+        raise ValueError
+    return value
+
+
+def _seconds(value: Any) -> float:
+    seconds = float(str(value))
     if not 0 < seconds <= 86400:
         raise ValueError
     return seconds
 
 
-def _rows(value: str) -> int:
-    if not (value.isascii() and value.isdigit()) or len(value) > 9:
+def _rows(value: Any) -> int:
+    if not _DIGITS.fullmatch(str(value)):
         raise ValueError
     return int(value)
 
 
-class _Option(NamedTuple):
-    field: str
-    variable: str
-    parse: Callable[[str], Any]
-    accepted: str
-
-
-_flag = {"0": False, "1": True}.__getitem__
+# int() alone would take "1_0", "+4" and digits that are not ASCII.
+_DIGITS = re.compile("[0-9]{1,9}")
+_flag = {"0": False, "1": True, False: False, True: True}.__getitem__
+# The toggle itself is read by `parse_size`, because it also knows off and `auto`.
+_SIZE = _Option("size", TOGGLE, _size, "is an integer of 2 or more: set one")
 _OPTIONS = (
     _Option("debug", DEBUG, _flag, "are 0 and 1: set one of these"),
     _Option("skip_version_check", SKIP_VERSION_CHECK, _flag, "are 0 and 1: set one of these"),
@@ -98,8 +111,7 @@ def parse_size(text: str) -> tuple[int, bool]:
     value = text.strip()
     if value in ("auto", ""):
         return 0, value == "auto"
-    # int() alone would take "1_0", "+4" and non-ASCII digits.
-    if not (value.isascii() and value.isdigit()) or len(value) > 6:
+    if not _DIGITS.fullmatch(value) or len(value) > 6:
         raise OprojValueError(
             "OPROJ001",
             f"{TOGGLE} is {text!r}; accepted are 0 or 1 (off), an integer group size of 2 or "
@@ -144,52 +156,32 @@ def merge(
             f'{where} is {ours!r}; accepted is an object such as {{"size": 8}}: write one or '
             "remove it.",
         )
-    options = {option.field: option for option in _OPTIONS}
+    options = {option.field: option for option in (_SIZE, *_OPTIONS)}
     for key, value in ours.items():
         name = f"{where}.{key}"
-        if key == "size":
-            settings = _merge_size(settings, name, value)
-            continue
-        option = options.get(key)
-        if option is None:
+        if key not in options:
             raise OprojError(
                 "OPROJ002",
-                f"{name} is not known; accepted are size, {', '.join(options)}: correct the key "
-                "or remove it.",
+                f"{name} is not known; accepted are {', '.join(options)}: correct the key or "
+                "remove it.",
             )
-        text = str(int(value)) if isinstance(value, bool) else value
-        if not isinstance(text, (str, int, float)):
-            text = ""
-        parsed = _parsed(option, name, str(text), shown=value)
-        if env.get(option.variable, "").strip() and parsed != getattr(settings, key):
+        parsed = _parsed(options[key], name, value)
+        variable = options[key].variable
+        # `auto` sets the toggle, but no size.
+        given = settings.size if key == "size" else env.get(variable, "").strip()
+        if given and parsed != getattr(settings, key):
             raise OprojError(
                 "OPROJ002",
-                f"{option.variable} is {env[option.variable]!r} and {name} is {value!r}; "
-                "accepted are equal values: remove one of the two.",
+                f"{variable} is {given!r} and {name} is {value!r}; accepted are equal values: "
+                f"correct or remove {name}.",
             )
         settings = replace(settings, **{key: parsed})
     return settings
 
 
-def _merge_size(settings: Settings, name: str, value: Any) -> Settings:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 2:
-        raise OprojError(
-            "OPROJ002",
-            f"{name} is {value!r}; accepted is an integer of 2 or more: correct it or remove it.",
-        )
-    if settings.size not in (0, value):
-        raise OprojError(
-            "OPROJ002",
-            f"{TOGGLE} is {settings.size} and {name} is {value!r}; accepted are equal values, or "
-            f"{TOGGLE}=auto: remove one of the two.",
-        )
-    return replace(settings, size=value)
-
-
-def _parsed(option: _Option, name: str, text: str, shown: Any = None) -> Any:
+def _parsed(option: _Option, name: str, value: Any) -> Any:
     try:
-        return option.parse(text)
-    except (ValueError, KeyError):
-        found = text if shown is None else shown
-        told = f"{name} is {found!r}; accepted {option.accepted} or unset it."
+        return option.parse(value)
+    except (ValueError, KeyError, TypeError):
+        told = f"{name} is {value!r}; accepted {option.accepted} or unset it."
         raise OprojValueError("OPROJ002", told) from None

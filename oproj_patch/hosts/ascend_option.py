@@ -40,20 +40,14 @@ def size_in(additional_config: Any) -> int:
     Raises OprojError when it is not an integer of 2 or more, or its two places differ.
     """
     found = {name: holder[KEY] for holder, name in configured(additional_config)}
-    for name, value in found.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 2:
-            raise OprojError(
-                "OPROJ017",
-                f"{TOGGLE} is auto, but {name} in --additional-config is {value!r}; accepted is "
-                "an integer of 2 or more, at the top level or under finegrained_tp_config: "
-                f"correct it, or set {TOGGLE} to a number.",
-            )
-    if len(set(found.values())) > 1:
-        told = " and ".join(f"{name} is {value}" for name, value in found.items())
+    sound = all(type(value) is int and value > 1 for value in found.values())
+    if not sound or len(set(found.values())) > 1:
+        told = " and ".join(f"{name} is {value!r}" for name, value in found.items())
         raise OprojError(
             "OPROJ017",
-            f"{TOGGLE} is auto, but in --additional-config {told}; accepted is one size: remove "
-            "one of the two.",
+            f"{TOGGLE} is auto, but in --additional-config {told}; accepted is one integer of 2 "
+            f"or more, at the top level or under {NESTED}: correct it, or set {TOGGLE} to a "
+            "number.",
         )
     return next(iter(found.values()), 0)
 

@@ -37,8 +37,8 @@ def test_size(config: Any, size: int) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({KEY: "4"}, f"{KEY} in --additional-config is '4'"),
-        ({KEY: 1}, f"{KEY} in --additional-config is 1"),
+        ({KEY: "4"}, f"in --additional-config {KEY} is '4'"),
+        ({KEY: 1}, f"in --additional-config {KEY} is 1"),
         (
             {KEY: 4, "finegrained_tp_config": {KEY: 8}},
             f"{KEY} is 4 and finegrained_tp_config.{KEY}",
