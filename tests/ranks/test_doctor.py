@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import subprocess
 import sys
 import venv
@@ -105,7 +104,6 @@ def test_auto(model: str, config: str, code: str | None, size: int) -> None:
     ended, report = doctor("--", f"{TOGGLE}=auto", *serve(model, *options))
     assert (ended, report["size"]) == (1 if code else 0, size)
     assert states(report, "refusals") == [("problem" if code else "ok", code)]
-    assert states(report, "built-in") == [("ok" if code else "note", None)]
 
 
 @needs_vllm
@@ -230,7 +228,6 @@ def test_without_vllm(tmp_path: Path) -> None:
     assert code == 1
     assert states(report, "host") == [("problem", None)]
     assert "vLLM is not installed" in text(report, "host")
-    assert states(report, "entry point") == [("problem", None)]
     assert states(report, "toggle") == [("ok", None)]
 
 
@@ -244,35 +241,15 @@ def without_vllm(tmp_path: Path) -> list[str]:
     return [str(tmp_path / "bin" / "python"), "-m", "oproj_patch", "doctor"]
 
 
-def test_plain_in_a_pipe(tmp_path: Path) -> None:
+def test_text(tmp_path: Path) -> None:
     done = subprocess.run(
         without_vllm(tmp_path), env=environment(), cwd=tmp_path, capture_output=True, timeout=60
     )
     assert done.returncode == 1
-    assert b"\x1b" not in done.stdout
     lines = done.stdout.decode().splitlines()
-    assert lines[-2] == "oproj_patch would not be active here: 3 things above."
+    assert lines[-2] == "oproj_patch would not be active here."
     assert lines[-1] == "Next: mend what is marked problem, and run doctor again."
     assert max(map(len, lines)) <= 100
-
-
-@pytest.mark.parametrize(("changes", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
-def test_coloured_on_a_terminal(tmp_path: Path, changes: dict[str, str], coloured: bool) -> None:
-    ours, theirs = pty.openpty()
-    try:
-        done = subprocess.run(
-            without_vllm(tmp_path),
-            env=environment(TERM="xterm", **changes),
-            cwd=tmp_path,
-            stdout=theirs,
-            timeout=60,
-        )
-        shown = os.read(ours, 1 << 16)
-    finally:
-        os.close(theirs)
-        os.close(ours)
-    assert done.returncode == 1
-    assert (b"\x1b[31mproblem\x1b[0m" in shown) is coloured
 
 
 # --- the command line around it ---------------------------------------------------------------
