@@ -1,7 +1,6 @@
 """Environment variables and `--additional-config` -> `Settings`. No torch, no vLLM.
 
-The environment variable `OPROJ_TENSOR_PARALLEL_SIZE` is the toggle: while it is off, nothing else
-is read. While it is on, every other setting is also read from
+`OPROJ_TENSOR_PARALLEL_SIZE` is the toggle. While it is on, every setting is also read from
 `--additional-config '{"oproj_patch": {...}}'`, because that travels with the command line.
 """
 
@@ -22,9 +21,7 @@ HANDSHAKE_SECONDS = "OPROJ_PATCH_HANDSHAKE_SECONDS"
 WEIGHT_GATHER_ROWS = "OPROJ_WEIGHT_GATHER_ROWS"
 VARIABLES = (TOGGLE, DEBUG, SKIP_VERSION_CHECK, HANDSHAKE_SECONDS, WEIGHT_GATHER_ROWS)
 """Every variable the package reads; launchers must carry them to the workers."""
-
-CONFIG_KEY = "oproj_patch"
-"""Our key in vLLM's `additional_config`."""
+CONFIG_KEY = "oproj_patch"  # in vLLM's `additional_config`
 
 
 @dataclass(frozen=True)
@@ -142,8 +139,7 @@ def merge(
 
     additional_config: a dictionary, or what a release uses instead (ignored then).
     environ: where `settings` were read from (default: this process's environment).
-    Raises OprojError (OPROJ002) for an unknown key, a value that is not understood, and a value
-    that differs from the variable's.
+    Raises OprojError for an unknown key, and a value that is malformed or not the variable's.
     """
     ours = additional_config.get(CONFIG_KEY) if isinstance(additional_config, dict) else None
     if ours is None:
@@ -151,30 +147,21 @@ def merge(
     env = os.environ if environ is None else environ
     where = f"additional_config.{CONFIG_KEY}"
     if not isinstance(ours, dict):
-        raise OprojError(
-            "OPROJ002",
-            f'{where} is {ours!r}; accepted is an object such as {{"size": 8}}: write one or '
-            "remove it.",
-        )
+        told = f'{where} is {ours!r}; accepted is an object such as {{"size": 8}}'
+        raise OprojError("OPROJ002", f"{told}: write one or remove it.")
     options = {option.field: option for option in (_SIZE, *_OPTIONS)}
     for key, value in ours.items():
         name = f"{where}.{key}"
         if key not in options:
-            raise OprojError(
-                "OPROJ002",
-                f"{name} is not known; accepted are {', '.join(options)}: correct the key or "
-                "remove it.",
-            )
+            told = f"{name} is not known; accepted are {', '.join(options)}"
+            raise OprojError("OPROJ002", f"{told}: correct the key or remove it.")
         parsed = _parsed(options[key], name, value)
         variable = options[key].variable
         # `auto` sets the toggle, but no size.
         given = settings.size if key == "size" else env.get(variable, "").strip()
         if given and parsed != getattr(settings, key):
-            raise OprojError(
-                "OPROJ002",
-                f"{variable} is {given!r} and {name} is {value!r}; accepted are equal values: "
-                f"correct or remove {name}.",
-            )
+            told = f"{variable} is {given!r} and {name} is {value!r}; accepted are equal values"
+            raise OprojError("OPROJ002", f"{told}: correct or remove {name}.")
         settings = replace(settings, **{key: parsed})
     return settings
 

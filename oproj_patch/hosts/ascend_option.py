@@ -1,10 +1,9 @@
 """vllm-ascend's own o_proj option, and who acts on it.
 
-The option lives in vLLM's `additional_config`, which vllm-ascend reads in the constructor of
-its `AscendConfig`, in the parent and in every worker. With the toggle `auto` we serve the
-option: it is out of sight while that constructor runs, and stays where it is otherwise. With a
-number, we refuse the option. Our own key is out of sight then as well, because a release may
-refuse a key that it does not know.
+vllm-ascend reads it from vLLM's `additional_config` in the constructor of its `AscendConfig`, in
+the parent and in every worker. With the toggle `auto` we serve the option, so we take it out of
+sight while that constructor runs; with a number we refuse it. We take our own key out of sight as
+well, because a release may refuse a key that it does not know.
 """
 
 from __future__ import annotations
@@ -35,10 +34,7 @@ def configured(additional_config: Any) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def size_in(additional_config: Any) -> int:
-    """Return the size that vllm-ascend's option names; 0 when it is not set.
-
-    Raises OprojError when it is not an integer of 2 or more, or its two places differ.
-    """
+    """Return the size that vllm-ascend's option names; 0: none. Raises OprojError for others."""
     found = {name: holder[KEY] for holder, name in configured(additional_config)}
     sound = all(type(value) is int and value > 1 for value in found.values())
     if not sound or len(set(found.values())) > 1:
@@ -46,8 +42,7 @@ def size_in(additional_config: Any) -> int:
         raise OprojError(
             "OPROJ017",
             f"{TOGGLE} is auto, but in --additional-config {told}; accepted is one integer of 2 "
-            f"or more, at the top level or under {NESTED}: correct it, or set {TOGGLE} to a "
-            "number.",
+            f"or more: correct it, or set {TOGGLE} to a number.",
         )
     return next(iter(found.values()), 0)
 
@@ -65,10 +60,7 @@ def seam(settings: Settings) -> Seam:
 
 
 def watch(settings: Settings) -> Callable[[], None]:
-    """Wrap `AscendConfig.__init__`, now or on import; return the undo.
-
-    The wrapping raises OprojError when the constructor is not as expected.
-    """
+    """Wrap `AscendConfig.__init__`, now or on import, as `install` does; return the undo."""
     patched: list[Installed] = []
     watching = [True]
 
@@ -99,9 +91,8 @@ def _out_of_sight(additional_config: Any, settings: Settings) -> Iterator[None]:
         if not settings.auto:
             raise OprojError(
                 "OPROJ016",
-                f"{TOGGLE} is {settings.size} and additional_config.{name} is {holder[KEY]!r}: "
-                f"one o_proj cannot be sharded twice; set {TOGGLE}=auto to serve the option, or "
-                "remove one of the two.",
+                f"{TOGGLE} is {settings.size} and additional_config.{name} is {holder[KEY]!r}: one "
+                f"o_proj cannot be sharded twice; set {TOGGLE}=auto, or remove one of the two.",
             )
         taken.append((holder, KEY, holder.pop(KEY)))
     if isinstance(additional_config, dict) and CONFIG_KEY in additional_config:
