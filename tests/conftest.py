@@ -1,8 +1,7 @@
 """Each test has exactly one tier: the room, which is the folder, that it is in.
 
 With `-n 2 --dist loadgroup` one worker runs a file from its start to its end, because its tests
-share what takes long to start. Engines that serve several files' comparisons are one such group;
-each host of the graphs is one.
+share what takes long to start. Of the graphs it runs one host.
 """
 
 from __future__ import annotations
@@ -30,13 +29,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             )
         item.add_marker(room)
         item.add_marker(pytest.mark.xdist_group(_group(item, room)))
-    # Engines first, because they take longest and leave one of two cores idle while they start.
-    items.sort(key=lambda item: item.path.parent.name != "engines")
 
 
 def _group(item: pytest.Item, room: str) -> str:
-    if room == "engines" and "runs" in getattr(item, "fixturenames", ()):
-        return room
     callspec = getattr(item, "callspec", None)
     host = callspec.params.get("host") if callspec is not None and room == "graphs" else None
     return f"{item.path.name} {host or ''}".strip()
