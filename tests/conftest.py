@@ -34,4 +34,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _group(item: pytest.Item, room: str) -> str:
     callspec = getattr(item, "callspec", None)
     host = callspec.params.get("host") if callspec is not None and room == "graphs" else None
-    return f"{item.path.name} {host or ''}".strip()
+    return f"{room}/{item.path.name} {host or ''}".strip()
