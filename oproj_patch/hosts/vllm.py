@@ -10,6 +10,7 @@ import ast
 import hashlib
 import importlib.util
 import inspect
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -154,11 +155,13 @@ class Vllm(HostPass):
             return self._counts
         counts = getattr(metadata, "num_tokens_across_dp_cpu", None)
         totals = getattr(metadata, "cu_tokens_across_dp_cpu", None)
-        if counts is None and totals is not None:
-            counts = totals.diff(prepend=totals.new_zeros(1))
-        if counts is None:
+        if counts is not None:
+            every = counts.tolist()
+        elif totals is not None:
+            every = [b - a for a, b in itertools.pairwise([0, *totals.tolist()])]
+        else:
             return None
-        self._counts = tuple(counts[group.dp_start : group.dp_start + group.size].tolist())
+        self._counts = tuple(every[group.dp_start : group.dp_start + group.size])
         self._metadata = metadata
         return self._counts
 

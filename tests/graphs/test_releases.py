@@ -30,7 +30,7 @@ from .drive import HIDDEN, LAYERS, TOLERANCE, Step, Told
 SECONDS = 1200
 ROOT = Path(__file__).resolve().parents[2]
 # Releases that decide about graphs as their predecessors do (a test compares their code).
-AS_BEFORE = ("0.9.2", "0.10.0", "0.10.2", "0.23.0", "0.26.0", "0.27.1", "0.29.0")
+AS_BEFORE = ("0.10.0", "0.10.2", "0.23.0", "0.26.0", "0.27.1", "0.29.0")
 IN_FULL = ("0.9.1", "0.11.0", "0.18.0", "0.25.1", VLLM_RELEASES[-1])
 # vllm-ascend 0.9.1 refuses graphs for DeepSeek models itself, and oproj_patch its graphs of others
 # (tests/hosts/test_ascend_refusals.py).
@@ -169,11 +169,16 @@ def _ends(ranks: Sequence[Told]) -> list[Any]:
     return [told.get("hung", [told.get("error", "done")])[:2] for told in ranks]
 
 
-# Where a release decides who captures and replays what: file -> functions; (): all.
+# Where a release decides who captures and replays what: file -> functions and variables; (): all
+# functions.
 DECIDING: Mapping[str, Sequence[str]] = {
     "v1/cudagraph_dispatcher.py": (),
     "v1/worker/dp_utils.py": (),
-    "v1/worker/gpu_model_runner.py": ("get_dp_padding", "_determine_batch_execution_and_padding"),
+    "v1/worker/gpu_model_runner.py": (
+        "get_dp_padding",
+        "_determine_batch_execution_and_padding",
+        "skip_cuda_graphs",
+    ),
     "v1/worker/gpu_worker.py": ("execute_dummy_batch",),
     "forward_context.py": ("make", "num_tokens_across_dp"),
     "compilation/cuda_graph.py": ("__call__",),
@@ -191,18 +196,22 @@ def test_a_release_whose_deciding_code_changed_is_run_in_full() -> None:
 
 
 def deciding(host: Host) -> dict[str, str]:
-    """Return the functions of `DECIDING` in a release, without their comments and docstrings."""
+    """Return what `DECIDING` names in a release, without comments and docstrings."""
     found = {}
     package = origin("vllm", ensure(host))
-    for name, wanted_functions in DECIDING.items():
-        path = package / name
+    for file, names in DECIDING.items():
+        path = package / file
         for node in ast.walk(ast.parse(path.read_text() if path.exists() else "")):
-            if not isinstance(node, ast.FunctionDef):
+            if isinstance(node, ast.FunctionDef):
+                name = node.name
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                name = node.targets[0].id
+            else:
                 continue
-            if not wanted_functions or node.name in wanted_functions:
-                if ast.get_docstring(node) is not None:
+            if name in names or (not names and isinstance(node, ast.FunctionDef)):
+                if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
                     del node.body[0]
-                found[f"{name}: {node.name}"] = ast.dump(node)
+                found[f"{file}: {name}"] = ast.dump(node)
     return found
 
 
