@@ -291,6 +291,7 @@ def environment(config: EngineConfig, scratch: Path) -> dict[str, str]:
         if not name.startswith(("OPROJ_", "VLLM_DP_", "VLLM_CPU_"))
     }
     cache = config.cache_root or scratch / "cache"
+    _share_model_infos(cache / "vllm")
     return {
         **kept,
         "PYTHONPATH": os.pathsep.join(filter(None, [*path, kept.get("PYTHONPATH", "")])),
@@ -307,6 +308,23 @@ def environment(config: EngineConfig, scratch: Path) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": "lo",
         **config.env,
     }
+
+
+def default_cache_dir() -> Path:
+    """Return `$XDG_CACHE_HOME/oproj_patch`, or `~/.cache/oproj_patch`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "oproj_patch"
+
+
+def _share_model_infos(cache: Path) -> None:
+    """Let all runs share what vLLM asks a model class, because each rank starts Python to ask it.
+
+    vLLM keeps the answers by a hash of the class's source.
+    """
+    shared = default_cache_dir() / "modelinfos"
+    for directory in (shared, cache):
+        directory.mkdir(parents=True, exist_ok=True)
+    if not (cache / "modelinfos").exists():
+        (cache / "modelinfos").symlink_to(shared)
 
 
 @contextlib.contextmanager

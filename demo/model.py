@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import engines
+from .engines import default_cache_dir as default_cache_dir
 
 Variant = Literal["dense", "moe"]
 
@@ -82,11 +83,6 @@ def prompts(count: int) -> list[str]:
             prompt = twice[start:end]
         chosen.append(prompt)
     return chosen
-
-
-def default_cache_dir() -> Path:
-    """Return `$XDG_CACHE_HOME/oproj_patch`, or `~/.cache/oproj_patch`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "oproj_patch"
 
 
 def ensure(
