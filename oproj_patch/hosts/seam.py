@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import wrapt
-
 from .. import releases
 from ..errors import OprojError
 from ..settings import TOGGLE
@@ -77,6 +75,8 @@ def resolve(seam: Seam, host: str) -> tuple[Any, str, Any] | None:
     host: name and version for the message. Raises OprojError when the symbol is missing or
     its signature lacks a parameter that the wrapper relies on.
     """
+    import wrapt  # the command line does without it
+
     try:
         module = importlib.import_module(seam.module)
         parent, attribute, original = wrapt.resolve_path(module, seam.path)
@@ -105,6 +105,8 @@ def resolve(seam: Seam, host: str) -> tuple[Any, str, Any] | None:
 
 def install(seams: Sequence[Seam], host: str) -> list[Installed]:
     """Wrap every seam; on any error nothing is wrapped. Raises OprojError as `resolve` does."""
+    import wrapt
+
     targets = [(seam, found) for seam in seams if (found := resolve(seam, host)) is not None]
     done: list[Installed] = []
     try:

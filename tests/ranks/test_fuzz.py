@@ -193,4 +193,5 @@ def _right(layout: Layout, example: dict[str, Any]) -> None:
             assert worst <= TOLERANCE[example["dtype"]], (step, worst, example)
     group = otp_group.require(O_PROJ)
     group.layers.clear()
+    group.checked = group.main_layers = 0
     assert group.steps - before == len(example["rows"])
