@@ -85,9 +85,13 @@ def _rows(value: Any) -> int:
     return int(value)
 
 
+def _flag(value: Any) -> bool:
+    text = str(int(value)) if isinstance(value, bool) else str(value)
+    return {"0": False, "1": True}[text]
+
+
 # int() alone would take "1_0", "+4" and digits that are not ASCII.
 _DIGITS = re.compile("[0-9]{1,9}")
-_flag = {"0": False, "1": True, False: False, True: True}.__getitem__
 # The toggle itself is read by `parse_size`, because it also knows off and `auto`.
 _SIZE = _Option("size", TOGGLE, _size, "is an integer of 2 or more: set one")
 _OPTIONS = (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from .. import releases
@@ -72,21 +73,21 @@ def _set(path: str) -> Found:
 
 
 def _given(path: str) -> Found:
-    return lambda facts: of(facts.vllm, path) and "given"
+    return lambda facts: of(facts.vllm, path) is not None and "given"
 
 
 def _more_than_one(name: str) -> Found:
     return lambda facts: (n := of(facts.vllm, f"parallel_config.{name}") or 1) > 1 and n
 
 
-def _named(path: str, *prefixes: str) -> Found:
-    """Find, at `path`, the name (of a list: the first) that begins with one of `prefixes`."""
+def _named(path: str, *patterns: str) -> Found:
+    """Find, at `path`, the name (of a list: the first) that one of `patterns` matches."""
 
     def found(facts: Facts) -> object:
         value = of(facts.vllm, path)
         value = getattr(value, "value", value)  # an enumeration before vLLM 0.10
         names = value if isinstance(value, list) else [value]
-        return next((name for name in names if str(name).lower().startswith(prefixes)), None)
+        return next((n for n in names for p in patterns if fnmatchcase(str(n).lower(), p)), None)
 
     return found
 
@@ -139,7 +140,7 @@ RULES: tuple[Rule, ...] = (
          "its retry builds vLLM's process groups anew and not the otp group"),
     Rule("asynchronous EPLB with --all2all-backend",
          _all(_set("parallel_config.enable_eplb"), _set("parallel_config.eplb_config.use_async"),
-              _named("parallel_config.all2all_backend", "deepep")),
+              _named("parallel_config.all2all_backend", "deepep*")),
          "DeepEP then allows no other collective of the device in a forward pass"),
     Rule("--enable-dbo", _set("parallel_config.enable_dbo"),
          "two halves of a batch run in two threads, whose steps could meet in either order"),
@@ -158,13 +159,14 @@ RULES: tuple[Rule, ...] = (
          "this loader cuts weights by itself, by tensor-parallel rank only"),
     Rule("--quantization", _named("model_config.quantization", "bitsandbytes", "gguf"),
          "its weights are cut, or made, outside the layer's own weight loader"),
-    Rule("the quantization's transform_config", _given("quant_config.transform_config"),
+    Rule("the quantization's transform_config",
+         lambda facts: of(facts.vllm, "quant_config.transform_config") and "given",
          "its transforms mix all input columns of a layer and cannot be cut"),
-    Rule("the model architecture", _named(ARCHITECTURES, "deepseekv4"),
+    Rule("the model architecture", _named(ARCHITECTURES, "deepseekv4*"),
          "its output projection is wo_a and wo_b, not an o_proj",
          remedy="unset the variable for this model"),
     Rule("--tensor-parallel-size above 1 with the model architecture",
-         _all(_more_than_one("tensor_parallel_size"), _named(ARCHITECTURES, "kimik3")),
+         _all(_more_than_one("tensor_parallel_size"), _named(ARCHITECTURES, "kimik3*")),
          "a fused kernel of this model reads o_proj's weight past the layer's forward"),
     Rule("speculative_config.num_speculative_tokens_per_batch_size",
          _given("speculative_config.num_speculative_tokens_per_batch_size"),

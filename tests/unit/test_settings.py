@@ -188,6 +188,7 @@ def test_a_variable_and_a_key_that_are_equal_are_accepted() -> None:
         ({"size": 8}, "OPROJ_TENSOR_PARALLEL_SIZE is 4 and additional_config.oproj_patch.size is"),
         ({"debug": False}, "OPROJ_PATCH_DEBUG is '1' and additional_config.oproj_patch.debug is F"),
         ({"debug": "yes"}, "additional_config.oproj_patch.debug is 'yes'; accepted are 0 and 1"),
+        ({"debug": 1.0}, "additional_config.oproj_patch.debug is 1.0; accepted are 0 and 1"),
         ({"handshake_seconds": [5]}, "oproj_patch.handshake_seconds is [5]; accepted is a number"),
         ({"weight_gather_rows": -1}, "oproj_patch.weight_gather_rows is -1; accepted are 0 (never"),
         ({"weight_gather_rows": 1.5}, "oproj_patch.weight_gather_rows is 1.5; accepted are 0 (nev"),
