@@ -430,7 +430,7 @@ def summarise(run: Run, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         sharded = ("builtin", "oproj_patch")
         communication = {
-            name: seconds[name] - seconds.get("gemm", 0.0) for name in sharded if seconds.get(name)
+            name: seconds[name] - seconds.get("gemm", 0.0) for name in sharded if name in seconds
         }
         sent = {name: sum(t["sent"][name] for t in told) for name in told[0]["sent"]}
         size = {"float32": 4}.get(run.dtype, 2)

@@ -17,7 +17,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from . import model
-from .engines import EngineConfig, OfflineRun, Round, run_offline
+from .engines import EngineConfig, OfflineRun, Round, default_cache_dir, run_offline
 
 PROMPTS = 12
 MAX_TOKENS = 24
@@ -115,7 +115,7 @@ def compare(ranks: int, otp_size: int, compiled: bool) -> Comparison:
     prompts = model.prompts(PROMPTS)
     entry = Round([prompts[rank::ranks] for rank in range(ranks)], [MAX_TOKENS] * ranks)
     # Both runs share one cache: a graph compiled for one setting must not serve the other.
-    cache = model.default_cache_dir() / "compiled" if compiled else None
+    cache = default_cache_dir() / "compiled" if compiled else None
     runs: dict[str, OfflineRun] = {}
     for name, env in {"off": {}, "on": {TOGGLE: str(otp_size)}}.items():
         progress.label = f"with{'' if env else 'out'} the shim"

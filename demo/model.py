@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import engines
-from .engines import default_cache_dir as default_cache_dir
 
 Variant = Literal["dense", "moe"]
 
@@ -100,7 +99,7 @@ def ensure(
     Raises `RuntimeError` with the end of the log when the checkpoint cannot be made.
     """
     name = f"model-{variant}-{'trained' if trained else 'random'}-v{RECIPE_VERSION}"
-    path = (cache_dir or default_cache_dir()) / name
+    path = (cache_dir or engines.default_cache_dir()) / name
     if path.is_dir():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)

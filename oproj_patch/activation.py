@@ -249,7 +249,7 @@ def _install(host: Any, config: Any) -> tuple[Settings, dict[str, str]]:
 
     Returns the resolved settings, and by name what must be equal on all ranks.
     """
-    from .hosts.host import resolved
+    from .hosts.resolve import resolved
 
     host.settings = settings = resolved(_state.settings, config)
     host.check_version(settings)

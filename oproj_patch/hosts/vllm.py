@@ -51,10 +51,13 @@ class Vllm(HostPass):
         names = dict.fromkeys((self.name, "vllm"))
         return " on ".join(f"{name} {self.versions[name]}" for name in names)
 
+    def untested(self) -> str:
+        """Return what is untested about this host; empty if nothing is."""
+        return releases.untested(self.versions["vllm"], self.versions.get("vllm-ascend"))
+
     def check_version(self, settings: Settings) -> None:
         """Raise OprojError for an untested release, unless the check is switched off."""
-        problem = releases.untested(self.versions["vllm"], self.versions.get("vllm-ascend"))
-        if problem and not settings.skip_version_check:
+        if (problem := self.untested()) and not settings.skip_version_check:
             raise OprojError(
                 "OPROJ009",
                 f"{problem}; install a tested release, or set {SKIP_VERSION_CHECK}=1 to try this "

@@ -71,7 +71,6 @@ class VllmAscend(Vllm):
 
     def seams(self, config: Any) -> tuple[Seam, ...]:
         version, names = self.versions[self.name], refusals.of(config, refusals.ARCHITECTURES)
-        tested = releases.untested(self.versions["vllm"], version) == ""
         sparse = "DeepseekV32ForCausalLM" in (names or ()) and not self.traceable()
         own = []
         for entry in registry(self):
@@ -81,7 +80,7 @@ class VllmAscend(Vllm):
                 continue  # importing it replaces DeepSeek's decoder constructor by V3.2's
             if releases.applies(version, entry.since, entry.until):
                 own.append(entry)
-            elif not tested:  # the user said not to trust the number: what is there is wrapped
+            elif self.untested():  # the user said not to trust the number: what is there is wrapped
                 own.append(replace(entry, required=False))
         return (*super().seams(config), *own)
 

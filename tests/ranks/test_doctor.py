@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -9,12 +10,14 @@ import sys
 import venv
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from demo import model as demo_model
 from oproj_patch import __version__
+from oproj_patch.cli import doctor as doctor_module
 from oproj_patch.cli import main
 from oproj_patch.errors import CODES
 
@@ -250,6 +253,16 @@ def test_text(tmp_path: Path) -> None:
     assert lines[-2] == "oproj_patch would not be active here."
     assert lines[-1] == "Next: mend what is marked problem, and run doctor again."
     assert max(map(len, lines)) <= 100
+
+
+@needs_vllm
+def test_an_entry_point_that_leads_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    importlib.import_module("vllm.plugins")  # torch and vLLM read entry points of their own
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda **_: [SimpleNamespace(value="other:plugin")]
+    )
+    state, told = doctor_module._plugin()
+    assert state == "problem" and "its entry point leads to other:plugin: pip install" in told
 
 
 # --- the command line around it ---------------------------------------------------------------

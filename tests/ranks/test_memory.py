@@ -40,6 +40,11 @@ def peak(call: Callable[[], object], group: Any, x: torch.Tensor) -> int:
     return sum(kinds["Total"] for at, kinds in found.items() if at.type == device)
 
 
+def held(group: Any) -> int:
+    """Return the bytes of the group's buffers."""
+    return sum(memory.nbytes for memory in group.buffers.values())
+
+
 @pytest.mark.parametrize("world", [3], indirect=True)
 @pytest.mark.parametrize("gather_from", ["0", "40"], ids=["exchange", "gather"])
 @pytest.mark.parametrize("buffer", [0, 6_000], ids=["whole", "cut"])
@@ -56,7 +61,7 @@ def profiled(gather_from: str, buffer: int) -> None:
     columns, hidden = 48, 20
     with (
         sharding(3, 3, OPROJ_WEIGHT_GATHER_ROWS=gather_from) as config,
-        cut_up(buffer or None),
+        cut_up(buffer),
     ):
         layer, _, _ = made(hidden, columns)
         layer._cpu_skip_gemm_dispatch = True  # not packed: it can be gathered
@@ -74,13 +79,13 @@ def profiled(gather_from: str, buffer: int) -> None:
         group.buffers.clear()
         group.views.clear()
         most = step([MOST] * 3)
-        kept = sum(memory.nbytes for memory in group.buffers.values())
+        kept = held(group)
         assert 0 < kept < most
         assert (group.gathers > 0) == (gather_from != "0")
         for counts in WORST:
             needed = step(counts)
             assert kept < needed <= most, (counts, needed, most)
-            assert kept == sum(memory.nbytes for memory in group.buffers.values())
+            assert kept == held(group)
 
 
 @pytest.mark.parametrize("graph_rows", [0, 512])
@@ -113,9 +118,9 @@ def test_r1_on_eight_ranks_on_meta_tensors(graph_rows: int) -> None:
         mixtures.append(tuple(generator.randint(0, top) for _ in ranks))
     with mock.patch.object(exchange, "_all_to_all"):
         exchange.reserve(group, weight)
-        reserved = sum(memory.nbytes for memory in group.buffers.values())
+        reserved = held(group)
         profile = step((most,) * n)
-        kept = sum(memory.nbytes for memory in group.buffers.values())
+        kept = held(group)
         if graph_rows:
             assert kept == reserved, "a captured graph holds the addresses of the buffers"
         # Bounded whatever the rows are: three buffers, a part's partial results, the output.

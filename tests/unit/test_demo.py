@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from demo import __main__ as demo
+from demo import engines
 from demo import model as demo_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,10 +122,10 @@ def test_prompts_are_distinct_and_come_from_the_story() -> None:
 
 def test_cache_directory_honours_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert demo_model.default_cache_dir() == tmp_path / "oproj_patch"
+    assert engines.default_cache_dir() == tmp_path / "oproj_patch"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert demo_model.default_cache_dir() == tmp_path / ".cache" / "oproj_patch"
+    assert engines.default_cache_dir() == tmp_path / ".cache" / "oproj_patch"
 
 
 @pytest.mark.parametrize("variant", ["dense", "moe"])
