@@ -24,8 +24,6 @@ from .otp_group import CollectiveError, Counts, OtpGroup
 
 BUFFER_BYTES = 64 << 20
 """Of each of the three shared buffers; a step with more rows is cut into parts."""
-MOST_VIEWS = 1024
-"""Views of the buffers that are kept; a model that is served sees many row counts."""
 
 
 class Plan(NamedTuple):
@@ -150,17 +148,8 @@ def buffer(role: str, shape: tuple[int, ...], like: torch.Tensor, group: OtpGrou
 
     A graph replays on the same addresses; `reserve` makes it large enough before the first capture.
     """
-    key = (role, shape, like.dtype)
-    found = group.views.get(key)
-    if found is not None:
-        return found
     size = math.prod(shape)
-    memory = group.memory((role, like.dtype), size, like.dtype, like.device)
-    if len(group.views) >= MOST_VIEWS:
-        group.views.clear()
-    with torch.inference_mode(False):
-        view = group.views[key] = memory[:size].view(shape)
-    return view
+    return group.memory((role, like.dtype), size, like.dtype, like.device)[:size].view(shape)
 
 
 def reserve(group: OtpGroup, like: torch.Tensor) -> None:

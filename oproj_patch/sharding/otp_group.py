@@ -77,8 +77,7 @@ class OtpGroup:
         drafter's; checked: how many the ranks have compared; complete: no further one is sharded.
     counts: what the ranks agreed on at the first layer of this forward pass.
     steps: steps run so far; gathers: how many of them gathered the weight.
-    buffers: memory that all layers share; views: parts of it, for row counts seen before;
-        outgrown: smaller memory that a graph may hold.
+    buffers: memory that all layers share; outgrown: smaller memory that a graph may hold.
     """
 
     ranks: list[int]
@@ -101,7 +100,6 @@ class OtpGroup:
     complete: bool = False
     buffers: dict[Any, torch.Tensor] = field(default_factory=dict)
     outgrown: list[torch.Tensor] = field(default_factory=list)
-    views: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.size, self.tp_size = len(self.ranks), len(self.tp_ranks)
@@ -120,7 +118,6 @@ class OtpGroup:
             # The model writes to it in and out of inference mode: no inference tensor.
             with torch.inference_mode(False):
                 kept = self.buffers[key] = torch.empty(size, dtype=dtype, device=device)
-            self.views.clear()
         return kept
 
 

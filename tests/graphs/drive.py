@@ -77,7 +77,11 @@ TOLERANCE = 5e-6
 
 Told = dict[str, Any]
 Step = Sequence[Any]
-"""What each rank does: a list of rows for each of its requests; [] idles; None: zero tokens."""
+"""What each rank does: a list of rows for each of its requests; [] idles; None: zero tokens.
+
+`DRAFTED` instead of a number is a request that decodes a row and verifies a drafted one.
+"""
+DRAFTED = "1+1"
 
 
 def matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -188,8 +192,11 @@ def model_class() -> type[torch.nn.Module]:
 _keep: list[Any] = []
 
 
-def engine_options(mode: str) -> dict[str, Any]:
-    """Keyword arguments of `EngineArgs` for one graph mode."""
+def engine_options(mode: str, drafting: bool) -> dict[str, Any]:
+    """Keyword arguments of `EngineArgs` for one graph mode; drafting: with drafts of one token.
+
+    They come from the prompt, without a model of their own.
+    """
     from vllm.config import CompilationConfig
 
     wanted: dict[str, Any] = {
@@ -212,7 +219,9 @@ def engine_options(mode: str) -> dict[str, Any]:
     if "mode" in known:
         wanted.pop("level")
     compilation = {name: value for name, value in wanted.items() if name in known}
+    drafts = {"method": "ngram", "num_speculative_tokens": 1, "prompt_lookup_max": 2}
     return {
+        "speculative_config": {**drafts, "prompt_lookup_min": 1} if drafting else None,
         "skip_tokenizer_init": True,
         "dtype": "bfloat16",  # 0.9.1 takes no other; the model itself is of float32
         "max_model_len": MAX_ROWS,
@@ -237,7 +246,7 @@ def model_directory() -> str:
 
 
 @contextlib.contextmanager
-def vllm_groups(mode: str) -> Iterator[Any]:
+def vllm_groups(options: dict[str, Any]) -> Iterator[Any]:
     """vLLM's configuration of this rank, with its groups created."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
@@ -245,7 +254,7 @@ def vllm_groups(mode: str) -> Iterator[Any]:
 
     rank = int(os.environ["RANK"])
     os.environ.setdefault("VLLM_DIST_IDENT", os.environ["MASTER_PORT"])
-    given = EngineArgs(model=model_directory(), **engine_options(mode))
+    given = EngineArgs(model=model_directory(), **options)
     with host.configured():
         config = given.create_engine_config()
     with set_current_vllm_config(config):
@@ -261,7 +270,7 @@ def vllm_groups(mode: str) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def ascend_groups(mode: str) -> Iterator[Any]:
+def ascend_groups(options: dict[str, Any]) -> Iterator[Any]:
     """The same by vllm-ascend, as far as its worker does before it makes its runner."""
     from vllm.plugins import load_general_plugins
 
@@ -269,32 +278,33 @@ def ascend_groups(mode: str) -> Iterator[Any]:
 
     ascend.stand_in()
     load_general_plugins()
-    options = engine_options(mode) | {"enforce_eager": mode == "NONE"}
     del options["dtype"], options["data_parallel_size"]
     with ascend.worker(model_directory(), SIZE, **options) as config:
         yield config
 
 
 @contextlib.contextmanager
-def runner(mode: str) -> Iterator[Any]:
+def runner(mode: str, drafting: bool) -> Iterator[Any]:
     """The host's model runner after loading, profiling and capturing."""
     from vllm.model_executor.model_loader import base_loader
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     with contextlib.ExitStack() as stack:
         undo = stack.enter_context(emulator.Patches())
+        options = engine_options(mode, drafting)
         if host.is_ascend():
+            options["enforce_eager"] = mode == "NONE"
             import torch_npu  # noqa: F401
 
             stack.enter_context(emulator.installed(("cuda", "npu")))
             stack.enter_context(host.on_cpu())
-            config = stack.enter_context(ascend_groups(mode))
+            config = stack.enter_context(ascend_groups(options))
             host.answer_for_npu(undo)
             from vllm_ascend.worker.model_runner_v1 import NPUModelRunner as Runner
         else:
             stack.enter_context(emulator.installed())
             host.give_graphs(undo)
-            config = stack.enter_context(vllm_groups(mode))
+            config = stack.enter_context(vllm_groups(options))
             from vllm.v1.worker.gpu_model_runner import GPUModelRunner as Runner
         host.give_compiler(undo)
         splitting = config.compilation_config.splitting_ops
@@ -348,8 +358,8 @@ def _give_attention(found: Any, cache: Any) -> None:
     cache.kv_cache_groups = [SimpleNamespace(kv_cache_spec=spec, layer_names=[])]
 
 
-def scheduled(rows: Sequence[int], step: int) -> tuple[Any, list[int]]:
-    """The scheduler's output for a request of each of `rows`, all new; their last tokens.
+def scheduled(rows: Sequence[Any], step: int) -> tuple[Any, list[int]]:
+    """The scheduler's output for a request of each of `rows`, all new; the tokens of its logits.
 
     A request of one row decodes: its prompt has been computed but for one token.
     """
@@ -358,13 +368,17 @@ def scheduled(rows: Sequence[int], step: int) -> tuple[Any, list[int]]:
 
     new, last = [], []
     rank = int(os.environ["RANK"])
-    for index, count in enumerate(rows):
-        computed = 3 if count == 1 else 0
+    drafts, counts = {}, [2 if count == DRAFTED else count for count in rows]
+    for index, count in enumerate(counts):
+        drafted = rows[index] == DRAFTED
+        computed = 3 if drafted or count == 1 else 0
         tokens = [
             (7 * step + 3 * index + 5 * rank + place) % VOCABULARY
             for place in range(computed + count)
         ]
-        last.append(tokens[-1])
+        last += tokens[-2:] if drafted else tokens[-1:]
+        if drafted:
+            drafts[_name(step, index)] = tokens[-1:]
         new.append(
             _built(
                 output.NewRequestData,
@@ -380,8 +394,9 @@ def scheduled(rows: Sequence[int], step: int) -> tuple[Any, list[int]]:
         output.SchedulerOutput,
         scheduled_new_reqs=new,
         scheduled_cached_reqs=getattr(output.CachedRequestData, "make_empty", list)(),
-        num_scheduled_tokens={_name(step, index): count for index, count in enumerate(rows)},
-        total_num_scheduled_tokens=sum(rows),
+        num_scheduled_tokens={_name(step, index): count for index, count in enumerate(counts)},
+        total_num_scheduled_tokens=sum(counts),
+        scheduled_spec_decode_tokens=drafts,
         finished_req_ids=set(_running),
     )
     _running[:] = [_name(step, index) for index in range(len(rows))]
@@ -452,15 +467,15 @@ def do(found: Any, rows: Any, step: int) -> float | None:
         raise AssertionError("the step did not come to its logits")
     if getattr(found, "execute_model_state", None) is not None:
         found.execute_model_state = None
-    assert hidden.shape == (len(rows), HIDDEN), hidden.shape
+    assert hidden.shape == (len(last), HIDDEN), hidden.shape
     return float((hidden.double() - expected(last)).abs().max())
 
 
-def steps(mode: str, plan: Sequence[Step], watch: Watch) -> None:
+def steps(mode: str, drafting: bool, plan: Sequence[Step], watch: Watch) -> None:
     """Run `plan[step][rank]` on this rank; `watch` is told errors and how many graphs ran."""
     rank = int(os.environ["RANK"])
     watch.told |= {"errors": [], "replays": []}
-    with runner(mode) as found:
+    with runner(mode, drafting) as found:
         watch.told["captures"] = emulator.Graph.captures
         if mode == "FULL" and emulator.Graph.all:  # The first graph has the most rows.
             package = str(Path(sys.modules["oproj_patch"].__file__ or "").parent)
@@ -474,7 +489,9 @@ def steps(mode: str, plan: Sequence[Step], watch: Watch) -> None:
             watch.told["errors"].append(error)
 
 
-def cell(mode: str, plan: Sequence[Step], seconds: float = START_SECONDS) -> list[Told]:
+def cell(
+    mode: str, plan: Sequence[Step], drafting: bool = False, seconds: float = START_SECONDS
+) -> list[Told]:
     """`steps` on two ranks forked from this process: what each told.
 
     A rank that raised has its traceback as "error". A rank that was not ready after `seconds`, or
@@ -498,7 +515,7 @@ def cell(mode: str, plan: Sequence[Step], seconds: float = START_SECONDS) -> lis
             watch = Watch(end)
             watch.allow(seconds)
             try:
-                steps(mode, plan, watch)
+                steps(mode, drafting, plan, watch)
             except BaseException:
                 watch.tell(error=traceback.format_exc())
             watch.tell()
@@ -545,12 +562,14 @@ class Watch:
         self.tell(hung=places)
 
 
-def scenarios(mode: str, plans: Mapping[str, Sequence[Step]]) -> dict[str, list[Told]]:
+def scenarios(
+    mode: str, plans: Mapping[str, Sequence[Step]], drafting: bool = False
+) -> dict[str, list[Told]]:
     """What both ranks told of each plan; after one that fails the next starts anew."""
     found: dict[str, list[Told]] = {}
     waiting = dict(plans)
     while waiting:
-        ranks = cell(mode, [step for plan in waiting.values() for step in plan])
+        ranks = cell(mode, [step for plan in waiting.values() for step in plan], drafting)
         if not any("captures" in told for told in ranks):  # the start failed, or was refused
             return found | dict.fromkeys(waiting, ranks)
         start = 0
@@ -582,13 +601,21 @@ def passed(told: Told) -> bool:
 
 
 def main() -> None:
-    """Run `scenarios` of each mode told on standard input; answer a JSON line for each."""
-    wanted: list[Mapping[str, Any]] = json.load(sys.stdin)
+    """Run `scenarios` of each mode told on standard input; answer a JSON line for each.
+
+    With `"refusing": false` the package refuses no mode at the start.
+    """
+    wanted: list[dict[str, Any]] = json.load(sys.stdin)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     importlib.import_module("vllm.v1.worker.gpu_worker")  # once, for all ranks to come
+    from oproj_patch.hosts import refusals
+
     for given in wanted:
-        answers.write(json.dumps(scenarios(**given)) + "\n")
+        rules = refusals.RULES if given.pop("refusing", True) else ()
+        with mock.patch.object(refusals, "RULES", rules):
+            found = scenarios(**given)
+        answers.write(json.dumps(found) + "\n")
         answers.flush()
 
 

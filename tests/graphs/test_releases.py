@@ -25,7 +25,7 @@ from oproj_patch.releases import ASCEND_RELEASES, VLLM_RELEASES, in_range
 from tests.hosts import wheels
 from tests.hosts.wheels import Host, ensure, environment, origin
 
-from .drive import HIDDEN, LAYERS, TOLERANCE, Step, Told
+from .drive import DRAFTED, HIDDEN, LAYERS, TOLERANCE, Step, Told, passed
 
 SECONDS = 1200
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +51,13 @@ PLANS: dict[str, Sequence[Step]] = {
     "straddling": [[[1] * 8, [1] * 9], [[24], [25]], [[40], [18, 1]], [[60], [50]]],
     "gathered": [[[20], [17]], [[30], [28]], [[24], [24]], [[1] * 18, [17]], [[20], [1] * 20]],
     "zero tokens": [[[1, 1], None], [None, [7]], [None, [1, 1]]],
+    "drafter": [
+        [[DRAFTED, DRAFTED], [DRAFTED]],
+        [[DRAFTED], [1, 1, 1]],
+        [[DRAFTED], []],
+        [[7], [DRAFTED] * 3],
+        [[], [1, DRAFTED]],
+    ],
 }
 
 
@@ -75,7 +82,13 @@ def wanted(host: Host) -> dict[str, dict[str, Sequence[Step]]]:
 @functools.cache
 def run(host: Host) -> tuple[dict[str, dict[str, list[Told]]], str]:
     """What both ranks told of every mode and scenario of one host; the end of what it printed."""
-    runs = [{"mode": mode, "plans": plans} for mode, plans in wanted(host).items()]
+    runs: dict[str, Any] = {}
+    for mode, plans in wanted(host).items():
+        runs[mode] = {"mode": mode, "plans": {**plans}}
+        if plan := runs[mode]["plans"].pop("drafter", None):
+            runs[f"{mode} drafter"] = {"mode": mode, "plans": {"drafter": plan}, "drafting": True}
+    for mode in wanted(host).keys() & {mode for release, mode in REFUSED if release == str(host)}:
+        runs[f"{mode} all the same"] = {"mode": mode, "plans": WHY, "refusing": False}
     env = environment(host) | {
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
@@ -94,7 +107,7 @@ def run(host: Host) -> tuple[dict[str, dict[str, list[Told]]], str]:
         start_new_session=True,
     ) as process:
         try:
-            answers, printed = process.communicate(json.dumps(runs), timeout=SECONDS)
+            answers, printed = process.communicate(json.dumps([*runs.values()]), timeout=SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             answers, printed = process.communicate()
@@ -102,7 +115,7 @@ def run(host: Host) -> tuple[dict[str, dict[str, list[Told]]], str]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     told = map(json.loads, answers.splitlines())
-    return dict(zip(wanted(host), told, strict=False)), printed
+    return dict(zip(runs, told, strict=False)), printed
 
 
 # Modes that the package refuses at the start: (release, mode): what it says.
@@ -110,6 +123,7 @@ REFUSED = {
     ("ascend-0.11.0", "FULL_DECODE_ONLY"): "ranks do not agree on a full graph there",
     ("vllm-0.12.0", "FULL_DECODE_ONLY"): "its runner asserts that no rank decodes while another",
 }
+WHY = {name: PLANS[name] for name in ("one idle", "one prefilling")}
 # Modes that the release itself turns into NONE.
 WITHOUT_GRAPHS = {("ascend-0.11.0", "FULL")}
 
@@ -134,9 +148,10 @@ def test_cell(host: Host, mode: str, scenario: str) -> None:
 
     Or both refuse the mode at the start.
     """
-    told_by_mode, printed = run(host)
-    assert mode in told_by_mode, printed[-3000:]
-    ranks = told_by_mode[mode][scenario]
+    told_by_run, printed = run(host)
+    name = f"{mode} drafter" if scenario == "drafter" else mode
+    assert name in told_by_run, printed[-3000:]
+    ranks = told_by_run[name][scenario]
     refusal = REFUSED.get((str(host), mode))
     if refusal is not None:
         assert all(refusal in told.get("error", "") for told in ranks)
@@ -150,6 +165,26 @@ def test_cell(host: Host, mode: str, scenario: str) -> None:
             assert error is None or error < TOLERANCE
         graphs = mode != "NONE" and (str(host), mode) not in WITHOUT_GRAPHS
         assert (told["captures"] > 0) == graphs
+
+
+@pytest.mark.timeout(SECONDS + 60)
+@pytest.mark.parametrize(
+    ("host", "mode"),
+    [pytest.param(host, mode, id=f"{host}-{mode}") for host in HOSTS for release, mode in REFUSED
+     if release == str(host)],
+)  # fmt: skip
+def test_why_a_mode_is_refused(host: Host, mode: str) -> None:
+    """Where it is not refused, one rank replays a graph while the other does not, and both end."""
+    told_by_mode, printed = run(host)
+    if mode not in told_by_mode:
+        pytest.skip(f"{mode} is not run here")
+    ranks = next(
+        ranks
+        for ranks in told_by_mode[f"{mode} all the same"].values()
+        if not all(map(passed, ranks))
+    )
+    print(ranks)
+    assert any({"hung", "error"} & told.keys() for told in ranks), printed[-3000:]
 
 
 @pytest.mark.timeout(SECONDS + 60)

@@ -36,6 +36,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import wrapt
+
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = "OPROJ_TENSOR_PARALLEL_SIZE"
 IMPORTED = (
@@ -424,6 +426,7 @@ def _answer_calls(descriptor: int, parent: int) -> None:
     code = 1
     try:
         _end_with(parent)
+        wrapt.register_post_import_hook(_inspect_in_forks, "vllm.model_executor.models.registry")
         end = Connection(descriptor)
         last = False
         while not last:
@@ -440,6 +443,34 @@ def _answer_calls(descriptor: int, parent: int) -> None:
         sys.stderr.flush()
     finally:
         os._exit(code)
+
+
+def _inspect_in_forks(registry: Any) -> None:
+    """Let vLLM ask a model class in a fork of the rank instead of in a new interpreter.
+
+    That would import vLLM anew for each architecture in each rank.
+    """
+
+    def in_fork(function: Callable[[], Any]) -> Any:
+        start, end = os.pipe()
+        pid = os.fork()
+        if not pid:
+            try:
+                with open(end, "wb") as answer:
+                    answer.write(pickle.dumps(function()))
+            except BaseException:
+                traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(0)
+        os.close(end)
+        with open(start, "rb") as answer:
+            told = answer.read()
+        os.waitpid(pid, 0)
+        if not told:
+            raise RuntimeError("vLLM cannot inspect the model class; see the traceback above")
+        return pickle.loads(told)
+
+    registry._run_in_subprocess = in_fork
 
 
 def _told(call: bytes) -> bytes:
