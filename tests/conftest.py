@@ -1,16 +1,28 @@
 """Each test has exactly one tier: the room, which is the folder, that it is in.
 
-With `-n 2 --dist loadgroup` one worker runs a file from its start to its end, because its tests
+With `-n auto --dist loadgroup` one worker runs a file from its start to its end, because its tests
 share what takes long to start. Of the graphs it runs one host.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 ROOMS = ("unit", "ranks", "hosts", "graphs", "engines", "faults", "docs")
+
+
+BYTES_PER_WORKER = 6 << 30
+"""Two ranks with an imported vLLM each, and the process that they are forked from."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Answer `-n auto` from the cores and the memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(os.cpu_count() or 1, memory // BYTES_PER_WORKER))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -252,7 +252,7 @@ class LayerScope:
     A class, because it surrounds every GEMM and a generator costs several microseconds.
     """
 
-    __slots__ = ("group", "parallel_state")
+    __slots__ = ("group", "parallel_state", "view")
 
     def __init__(self, parallel_state: Any, group: OtpGroup) -> None:
         self.parallel_state = parallel_state
@@ -261,36 +261,36 @@ class LayerScope:
     def __enter__(self) -> None:
         state = self.parallel_state
         with _exchanging:
-            state._TP = _OnThisThread(state._TP, self.group.layer_tp)
+            if type(state._TP) is not _ByThread:
+                state._TP = _ByThread(state._TP)
+            self.view = state._TP
+            self.view._own.setdefault(threading.get_ident(), []).append(self.group.layer_tp)
 
     def __exit__(self, *_: object) -> None:
-        state, mine = self.parallel_state, threading.get_ident()
+        own, thread = self.view._own, threading.get_ident()
         with _exchanging:
-            found = state._TP
-            # Another thread may have put its view on top: ours passes through until that ends.
-            while type(found) is _OnThisThread and found._thread != mine:
-                found = found._before
-            if type(found) is _OnThisThread:
-                object.__setattr__(found, "_thread", 0)
-            while type(state._TP) is _OnThisThread and not state._TP._thread:
-                state._TP = state._TP._before
+            own[thread].pop()
+            if not own[thread]:
+                del own[thread]
+            if not own and self.parallel_state._TP is self.view:
+                self.parallel_state._TP = self.view._before
 
 
 _exchanging = threading.Lock()
 
 
-class _OnThisThread:
-    """One group for the thread that made it, another for all others."""
+class _ByThread:
+    """A group of its own for each thread within a scope, the group before for all others."""
 
-    __slots__ = ("_before", "_own", "_thread")
+    __slots__ = ("_before", "_own")
 
-    def __init__(self, before: Any, own: LayerTPGroup) -> None:
+    def __init__(self, before: Any) -> None:
         object.__setattr__(self, "_before", before)
-        object.__setattr__(self, "_own", own)
-        object.__setattr__(self, "_thread", threading.get_ident())
+        object.__setattr__(self, "_own", {})
 
     def _seen(self) -> Any:
-        return self._own if threading.get_ident() == self._thread else self._before
+        own = self._own.get(threading.get_ident())
+        return own[-1] if own else self._before
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._seen(), name)

@@ -27,7 +27,7 @@ from .runs import (
     [
         pytest.param(STORY_TELLER, False, id="dense-eager"),
         pytest.param(DENSE, True, id="dense-compiled"),
-        pytest.param(MOE, False, id="moe-eager"),
+        pytest.param(MOE, False, id="moe-eager", marks=pytest.mark.smoke),
         pytest.param(MOE, True, id="moe-compiled"),
     ],
 )

@@ -57,7 +57,7 @@ def test_two_threads_leave_in_either_order() -> None:
         threading.Thread(target=other, daemon=True).start()
         assert inside.wait(10)
         assert state._TP.world_size == 8
-    # This thread has left, the other one is still inside, with its view on top of ours.
+    # This thread has left, the other one is still inside.
     assert state._TP.world_size == 1
     leave.set()
     assert left.wait(10)
