@@ -1,19 +1,16 @@
-"""Each test has exactly one tier: the room, which is the folder, that it is in.
-
-With `-n auto --dist loadgroup` one worker runs a file from its start to its end, because its tests
-share what takes long to start. Of the graphs it runs one host.
-"""
+"""Each test has exactly one tier: the room, which is the folder, that it is in."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+_HOST = re.compile(r"(?:vllm|ascend)-\d[\d.]*\d")
 ROOMS = ("unit", "ranks", "hosts", "graphs", "engines", "faults", "docs")
-
-
 BYTES_PER_WORKER = 6 << 30
 """Two ranks with an imported vLLM each, and the process that they are forked from."""
 
@@ -40,10 +37,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 f"{room}: remove the marker."
             )
         item.add_marker(room)
-        item.add_marker(pytest.mark.xdist_group(_group(item, room)))
 
 
-def _group(item: pytest.Item, room: str) -> str:
-    callspec = getattr(item, "callspec", None)
-    host = callspec.params.get("host") if callspec is not None and room == "graphs" else None
-    return f"{room}/{item.path.name} {host or ''}".strip()
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let a worker run whole groups of tests: those of a file, and in a file those of a host.
+
+    The tests of a group share what takes long to start. xdist 3.8 marks groups in a way that
+    pytest 9.2 does not see.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            host = _HOST.search(test)
+            return f"{file} {host[0]}" if host else file
+
+    return Groups(config, log)

@@ -63,9 +63,14 @@ def torchair(ascend: Any) -> bool:
 
 
 def graph_mode(vllm: Any) -> str:
-    """Return the name of vLLM's CUDA graph mode; empty where it has none or runs eagerly."""
-    mode = of(vllm, "compilation_config.cudagraph_mode")
-    return "" if of(vllm, "model_config.enforce_eager") else str(of(mode, "name") or mode or "")
+    """Return the name of vLLM's graph mode; NONE without graphs; empty before there were names."""
+    compilation = of(vllm, "compilation_config")
+    mode = of(compilation, "cudagraph_mode")
+    # Read from 0.9.1 to 0.10.0, where only level 3 captures.
+    level, graphs = of(compilation, "level"), of(compilation, "use_cudagraph")
+    off = mode is None and (level not in (None, 3) or graphs is False)
+    none = off or of(vllm, "model_config.enforce_eager")
+    return "NONE" if none else str(of(mode, "name") or mode or "")
 
 
 def _set(path: str) -> Found:
@@ -112,8 +117,7 @@ def _first_engine(_: Facts) -> object:
 
 
 def _own_graphs(facts: Facts) -> object:
-    model = of(facts.vllm, "model_config")
-    return model and not (model.enforce_eager or torchair(facts.ascend)) and "on"
+    return not torchair(facts.ascend) and graph_mode(facts.vllm) != "NONE" and "on"
 
 
 def _shared_experts(facts: Facts) -> object:

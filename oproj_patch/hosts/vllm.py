@@ -128,7 +128,7 @@ class Vllm(HostPass):
     def graph_rows(self, config: Any) -> int:
         """Return the largest row count for which a device graph may be captured; 0: none is."""
         # Read from 0.9.1 to 0.32.0. vLLM only lowers these sizes later.
-        if of(config, "model_config.enforce_eager") or refusals.graph_mode(config) == "NONE":
+        if refusals.graph_mode(config) == "NONE":
             return 0
         sizes = of(config, "compilation_config.cudagraph_capture_sizes") or ()
         newer = of(config, "compilation_config.max_cudagraph_capture_size")  # since 0.11.2

@@ -115,7 +115,7 @@ class VllmAscend(Vllm):
 
         drafter = getattr(config, "speculative_config", None)
         method = str(getattr(drafter, "method", "") or "")
-        graphs = not self.traceable() and refusals.graph_mode(config) not in ("", "NONE")
+        graphs = not self.traceable() and refusals.graph_mode(config) != "NONE"
         if hasattr(model_runner_v1, "should_skip_allreduce_across_dp_group"):
             padded = not getattr(drafter, "disable_padded_drafter_batch", False)
             return not graphs or (padded and ("mtp" in method or "eagle" in method))

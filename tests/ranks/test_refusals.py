@@ -297,6 +297,9 @@ def test_settings_that_device_graphs_exclude(settings: Settings, sentence: str) 
     ("fields", "rows"),
     [
         ({"cudagraph_capture_sizes": [8, 4, 1], "max_capture_size": 8}, 8),  # up to 0.11.0
+        ({"cudagraph_capture_sizes": [8], "level": 3, "use_cudagraph": True}, 8),  # up to 0.10.0
+        ({"cudagraph_capture_sizes": [8], "level": 0, "use_cudagraph": True}, 0),
+        ({"cudagraph_capture_sizes": [8], "level": 3, "use_cudagraph": False}, 0),
         ({"cudagraph_capture_sizes": [1, 4], "max_cudagraph_capture_size": 4}, 4),
         ({"cudagraph_capture_sizes": [], "max_cudagraph_capture_size": 0}, 0),
         ({"cudagraph_capture_sizes": None}, 0),
