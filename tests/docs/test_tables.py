@@ -119,6 +119,13 @@ def test_every_document_is_in_the_index() -> None:
     assert {f"../{path.name}" for path in ROOT.glob("*.md")} | pages <= linked
 
 
+def test_the_log_line_is_the_same_everywhere_and_of_this_version() -> None:
+    pages = ("README.md", "docs/operating.md", "docs/troubleshooting.md")
+    lines = [re.findall(r"^oproj_patch .*o_proj sharded .*$", read(page), re.M) for page in pages]
+    assert lines[0] == lines[1] == lines[2] and len(lines[0]) == 1
+    assert lines[0][0].startswith(f"oproj_patch {__version__}: o_proj sharded 8-way over ranks [0,")
+
+
 def test_changelog_has_this_version() -> None:
     versions = re.findall(r"^## \[(.+?)\]", read("CHANGELOG.md"), re.MULTILINE)
     assert versions[0] == "Unreleased"
