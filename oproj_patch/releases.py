@@ -1,6 +1,6 @@
 """The host releases this package is tested with, and how release numbers compare.
 
-This is the only list of releases: the version gate, the README's table and tox read it.
+This is the only list of releases: the version gate, `docs/releases.md` and tox read it.
 """
 
 from __future__ import annotations

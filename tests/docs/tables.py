@@ -2,7 +2,8 @@
 
     python -m tests.docs.tables FILE...
 
-writes each table anew between its markers, `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
+writes each table of these files anew between its markers, `<!-- NAME:begin -->` and
+`<!-- NAME:end -->`.
 """
 
 from __future__ import annotations
@@ -12,34 +13,41 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from oproj_patch.hosts.seam import Seam
 from oproj_patch.releases import ASCEND_RELEASES, VLLM_RELEASES
 from oproj_patch.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted(
+    path for glob in ("*.md", "docs/*.md", ".github/*/*.md") for path in ROOT.glob(glob)
+)
 
 
 def seams() -> str:
-    """Return the seam inventory: every symbol of every host; symbols of one purpose share a row."""
+    """Return the seam inventory: every symbol of every host; symbols of one purpose share a row.
+
+    The module of a symbol, and what follows a semicolon in the reason, stay in the code.
+    """
     from oproj_patch import activation
     from oproj_patch.hosts import ascend_option, vllm, vllm_ascend
 
     upstream = (activation.group_seam(), *vllm.Vllm({}).seams(None))
     own = vllm_ascend.registry(vllm_ascend.VllmAscend({}))
     ascend = (ascend_option.seam(Settings(size=2)), *own)
-    rows: dict[tuple[str, str], list[str]] = {}
+    rows: dict[tuple[str, str], dict[tuple[str, str], None]] = {}
     for host, releases, registry in (
         ("vLLM", VLLM_RELEASES, upstream),
         ("vllm-ascend", ASCEND_RELEASES, ascend),
     ):
         for seam in registry:
-            rows.setdefault((host, seam.why), []).append(_symbol(seam, tuple(releases)))
-    cells = [(host, "<br>".join(symbols), why) for (host, why), symbols in rows.items()]
-    return _table(("host", "symbols", "needed to"), cells)
-
-
-def _symbol(seam: Seam, releases: tuple[str, ...]) -> str:
-    return f"`{seam.symbol}` ({_span(seam.since, seam.until, releases)})"
+            ends = seam.since or seam.until
+            span = _span(seam.since, seam.until, tuple(releases)) if ends else "all"
+            rows.setdefault((host, seam.why.partition(";")[0]), {})[f"`{seam.path}`", span] = None
+    cells = []
+    for (host, why), found in rows.items():
+        symbols, spans = zip(*found, strict=True)
+        told = spans[:1] if len({*spans}) == 1 else spans
+        cells.append((host, why, "<br>".join(symbols), "<br>".join(told)))
+    return _table(("host", "needed to", "symbols", "releases"), cells)
 
 
 def _span(since: str, until: str, releases: tuple[str, ...]) -> str:
@@ -136,11 +144,37 @@ def graphs() -> str:
     return _table(head, rows)
 
 
+def savings() -> str:
+    """Return what each group size saves and costs DeepSeek-R1, as `oproj-patch plan` says."""
+    from oproj_patch.cli.plan import GIB, MIB, load_model, make_plan
+
+    plan = make_plan("deepseek-r1", load_model("deepseek-r1", "int8"), dp=32)
+    head = ("N", "o_proj on a rank", "saved on a rank", "more tokens of KV cache on a rank",
+            "sent by a rank for each decoded token")  # fmt: skip
+    rows = [("off", f"{plan['unsharded_bytes_per_rank'] / GIB:.2f} GiB", "", "", "")]
+    for row in plan["rows"]:
+        if row["otp_size"] <= 16:
+            kept, saved = (row[f"{what}_bytes_per_rank"] / GIB for what in ("o_proj", "saved"))
+            sent = row["exchange_bytes_per_token"] / MIB
+            more = f"{row['kv_tokens_per_rank']:,}"
+            rows.append(
+                (
+                    str(row["otp_size"]),
+                    f"{kept:.2f} GiB",
+                    f"{saved:.2f} GiB",
+                    more,
+                    f"{sent:.1f} MiB",
+                )
+            )
+    return _table(head, rows)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "seams": seams,
     "refusals": refusals,
     "compat": compat,
     "graphs": graphs,
+    "savings": savings,
 }
 
 

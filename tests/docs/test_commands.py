@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
 import json
 import os
 import re
@@ -18,10 +17,9 @@ import pytest
 from oproj_patch import settings
 
 from ..engines import tiny
-from .tables import ROOT
+from .tables import DOCUMENTS, ROOT
 
 SECONDS = 300
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 TOGGLE = settings.TOGGLE
 
 # What is not run from here, and what runs it.
@@ -100,6 +98,7 @@ def test_every_command_is_run_by_a_test() -> None:
         *commands("oproj-patch plan"),
         *commands("oproj-patch doctor"),
         *commands("python -m tests."),
+        *commands("pytest tests/"),
         *commands("tox -e "),
         *commands("pip install tox && tox -e "),
         *servers(),
@@ -146,22 +145,85 @@ def test_doctor_alone_says_off(command: str) -> None:
     assert f"{TOGGLE} is not set: off" in done.stdout
 
 
+def environments() -> set[str]:
+    """Names of the environments in tox.ini, `{a,b}` spelled out."""
+    text = (ROOT / "tox.ini").read_text(encoding="utf-8")
+    names = re.findall(r"^\[testenv:(.+)\]$", text, re.MULTILINE)
+    return {part for name in names for part in name.strip("{}").split(",")}
+
+
+def named_environments(text: str) -> set[str]:
+    """Environments that a command or a document names after `tox -e`; ROOM stands for any."""
+    return set(re.findall(r"tox -e (\w+)", text)) - {"ROOM"}
+
+
 def test_tox_environments_exist() -> None:
-    tox = configparser.ConfigParser()
-    tox.read(ROOT / "tox.ini")
-    for command in [*commands("tox -e "), *commands("pip install tox && tox -e ")]:
-        name = shlex.split(command.partition("tox -e ")[2])[0]
-        assert f"testenv:{name}" in tox
+    paths = [*DOCUMENTS, ROOT / "tox.ini"]
+    named = set().union(*(named_environments(path.read_text(encoding="utf-8")) for path in paths))
+    assert {"demo", "all", "quick"} < named
+    assert named <= environments()
+
+
+def test_every_environment_is_in_contributing_or_the_readme() -> None:
+    told = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    told += (ROOT / "README.md").read_text(encoding="utf-8")
+    # `tests` is what `tox` alone runs, with `lint`.
+    assert environments() - {"tests"} <= named_environments(told)
+
+
+def test_the_workflow_runs_lint_the_quick_tests_and_the_command_of_the_readme() -> None:
+    yaml = pytest.importorskip("yaml")
+    text = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    job = yaml.safe_load(text)["jobs"]["tox"]
+    run = job["strategy"]["matrix"]["command"]
+    assert job["steps"][-1] == {"run": "${{ matrix.command }}"}
+    install = "pip install tox && tox"
+    assert run == [f"{install} -e lint", f"{install} -e quick", install]
+    assert install in commands() and named_environments("\n".join(run)) <= environments()
+
+
+@pytest.mark.parametrize("command", [c for c in commands("tox -e ") if " -k " in c])
+def test_tests_that_tox_is_asked_for_are_there(command: str) -> None:
+    room, *arguments = shlex.split(command.partition("tox -e ")[2])
+    assert collected(f"tests/{room}", *arguments[1:])
+
+
+@pytest.mark.parametrize("command", commands("pytest tests/"))
+def test_tests_that_pytest_is_asked_for_are_there(command: str) -> None:
+    assert collected(*shlex.split(command)[1:])
+
+
+def collected(*arguments: str) -> list[str]:
+    """Tests that pytest finds for these arguments."""
+    pytest_ = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*pytest_, *arguments],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    return [line for line in done.stdout.splitlines() if "::" in line]
 
 
 @pytest.mark.parametrize("command", commands("python -m tests.docs"))
 def test_tables_are_written(command: str, tmp_path: Path) -> None:
+    """From empty tables, in copies of the documents that the command names."""
     pytest.importorskip("torch")
-    *module, target = shlex.split(command)
-    copy = tmp_path / Path(target).name
-    copy.write_text("<!-- seams:begin -->\nold\n<!-- seams:end -->\n")
+    module, *targets = shlex.split(command)[2:]
+    copies: dict[Path, str] = {}
+    for path in sorted(path for target in targets for path in ROOT.glob(target)):
+        text = path.read_text(encoding="utf-8")
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        empty = re.sub(r"(?<=:begin -->\n).*?(?=<!-- \w+:end -->)", "", text, flags=re.DOTALL)
+        copy.write_text(empty, encoding="utf-8")
+        if empty != text:
+            copies[copy] = text
+    assert copies
     done = subprocess.run(
-        [sys.executable, *module[1:], str(copy)],
+        [sys.executable, "-m", module, *map(str, copies)],
         env=environment(),
         cwd=ROOT,
         capture_output=True,
@@ -169,7 +231,7 @@ def test_tables_are_written(command: str, tmp_path: Path) -> None:
         timeout=SECONDS,
     )
     assert done.returncode == 0, done.stderr
-    assert "init_model_parallel_group" in copy.read_text()
+    assert {copy: copy.read_text(encoding="utf-8") for copy in copies} == copies
 
 
 @pytest.mark.parametrize("command", commands("python -m tests.hosts"))

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from demo import model
+from demo.__main__ import PROMPTS, Comparison, render
 from oproj_patch import __version__, settings
 from oproj_patch.errors import CODES
 
-from .tables import EVIDENCE, ROOT, TABLES, evidence, rewritten
-
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+from .tables import DOCUMENTS, EVIDENCE, ROOT, TABLES, evidence, rewritten
 
 
 def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_tables_are_up_to_date(path: Path) -> None:
     pytest.importorskip("torch")
     text = path.read_text(encoding="utf-8")
@@ -87,13 +87,52 @@ def test_every_metric_is_in_the_operating_guide() -> None:
     assert documented == metrics and len(metrics) == 4
 
 
+def test_the_readme_is_one_page_and_shows_what_the_demo_prints() -> None:
+    text = read("README.md")
+    assert len(text.splitlines()) <= 120
+    [excerpt] = re.findall(r"```text\n(prompt .*?)```", text, re.DOTALL)
+    ranks, prompts = 2, model.prompts(PROMPTS)
+    story = model.STORY * 2  # what the checkpoint continues with: it is not accepted otherwise
+    texts = [(prompt, told := story.partition(prompt)[2], told, True) for prompt in prompts]
+    off = model.O_PROJ_BYTES
+    comparison = Comparison(
+        identical=True,
+        prompts=PROMPTS,
+        ranks=ranks,
+        otp_size=ranks,
+        compiled=False,
+        o_proj_bytes={"off": [off] * ranks, "on": [off // ranks] * ranks},
+        exchanges={"off": [0] * ranks, "on": [96] * ranks},
+        seconds=0.0,
+        seconds_off=0.0,
+        seconds_on=0.0,
+        texts=texts,
+    )
+    printed = render(comparison).splitlines()
+    shown = excerpt.splitlines()
+    assert [line for line in printed if line and line in shown] == [*filter(None, shown)]
+
+
+def test_every_document_is_in_the_index() -> None:
+    linked = set(re.findall(r"\]\(([^)#]+)\)", read("docs/README.md")))
+    pages = {path.name for path in ROOT.glob("docs/*.md")} - {"README.md"}
+    assert {f"../{path.name}" for path in ROOT.glob("*.md")} | pages <= linked
+
+
+def test_the_log_line_is_the_same_everywhere_and_of_this_version() -> None:
+    pages = ("README.md", "docs/operating.md", "docs/troubleshooting.md")
+    lines = [re.findall(r"^oproj_patch .*o_proj sharded .*$", read(page), re.M) for page in pages]
+    assert lines[0] == lines[1] == lines[2] and len(lines[0]) == 1
+    assert lines[0][0].startswith(f"oproj_patch {__version__}: o_proj sharded 8-way over ranks [0,")
+
+
 def test_changelog_has_this_version() -> None:
     versions = re.findall(r"^## \[(.+?)\]", read("CHANGELOG.md"), re.MULTILINE)
     assert versions[0] == "Unreleased"
     assert versions[1] == __version__
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", text)
