@@ -73,13 +73,7 @@ def _has(wanted: str, *options: str) -> bool:
 
 
 def _check_node() -> None:
-    """Refuse a disk that is too small, and warn of little memory, before anything is fetched."""
-    free = shutil.disk_usage(sys.prefix).free
-    if free < DISK:
-        sys.exit(
-            f"The disk of {sys.prefix} has {free / 1e9:.1f} GB free, and the environment takes "
-            f"{DISK / 1e9:.0f} GB: free some, or set --workdir of tox to a larger disk."
-        )
+    """Warn of little memory and refuse a disk that is too small, before anything is fetched."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (most := limit.read_text().strip()).isdigit():
@@ -89,6 +83,12 @@ def _check_node() -> None:
             f"This node has {memory / 1e9:.1f} GB of memory, and the engines need "
             f"{MEMORY / 1e9:.0f} GB: the kernel may kill them.",
             flush=True,
+        )
+    free = shutil.disk_usage(sys.prefix).free
+    if free < DISK:
+        sys.exit(
+            f"The disk of {sys.prefix} has {free / 1e9:.1f} GB free, and the environment takes "
+            f"{DISK / 1e9:.0f} GB: free some, or set tox's --workdir to a folder on a larger disk."
         )
 
 
