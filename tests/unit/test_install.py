@@ -108,7 +108,7 @@ class Environment:
             env=env | {f"PIP_{name}": value for name, value in pip_options.items()},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
         )
 
     def installed(self) -> list[str]:
