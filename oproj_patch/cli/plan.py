@@ -48,8 +48,8 @@ BUILTIN_MODELS: dict[str, dict[str, Any]] = {
         ("glm-4.5", 5120, 96, 92, 160, {"num_key_value_heads": 8, "head_dim": 128} | _MTP),
     )
 }
-MODEL = "a directory with a config.json, such a file, a Hugging Face id in the local cache, or "
-MODEL += ", ".join(BUILTIN_MODELS)
+MODEL = "a directory with a config.json, such a file, a Hugging Face id in the local cache, or one "
+MODEL += f"of {', '.join(BUILTIN_MODELS)}"
 
 
 class ModelShape(NamedTuple):
