@@ -99,6 +99,12 @@ def test_kv_cache_of_mla_and_gqa(model: str, tp: int, kv_dtype: str, expected: i
     assert plan["kv_bytes_per_token"] == expected
 
 
+def test_values_narrower_than_keys_are_cached_so() -> None:
+    fields = {"kv_lora_rank": None, "num_key_value_heads": 4, "head_dim": 192, "v_head_dim": 128}
+    plan = make_plan("m", parse_config(r1_config(**fields)))
+    assert plan["kv_bytes_per_token"] == 4 * (192 + 128) * 61 * 2
+
+
 # --- the plan ---------------------------------------------------------------------------------
 
 
