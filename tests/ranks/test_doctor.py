@@ -153,7 +153,10 @@ def test_a_model_that_is_not_there_leaves_the_checks_of_the_layout(
     ended, report = doctor("--", f"{TOGGLE}={toggle}", *serve("MODEL", *options))
     assert (ended, report["size"]) == (1 if code else 0, size)
     assert states(report, "command") == [("note", None)]
-    assert "MODEL is a placeholder or not reachable" in text(report, "command")
+    assert text(report, "command").endswith(
+        "MODEL is a placeholder or not reachable: the checks that need its configuration were left "
+        "out."
+    )
     assert states(report, "refusals") == [("problem" if code else "ok", code)]
     assert ("where the model can be read" in report["next"]) is (code is None)
 

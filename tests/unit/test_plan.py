@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,12 @@ def test_step_and_gather_bytes() -> None:
 def test_kv_cache_of_mla_and_gqa(model: str, tp: int, kv_dtype: str, expected: int) -> None:
     plan = make_plan(model, load_model(model), dp=8, tp=tp, kv_dtype=kv_dtype)
     assert plan["kv_bytes_per_token"] == expected
+
+
+def test_values_narrower_than_keys_are_cached_so() -> None:
+    fields = {"kv_lora_rank": None, "num_key_value_heads": 4, "head_dim": 192, "v_head_dim": 128}
+    plan = make_plan("m", parse_config(r1_config(**fields)))
+    assert plan["kv_bytes_per_token"] == 4 * (192 + 128) * 61 * 2
 
 
 # --- the plan ---------------------------------------------------------------------------------
@@ -396,6 +403,75 @@ def test_table_shows_the_saving(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert line.split()[3:] == ["186.8", "+89,201", "+2,854,432"]
     assert "MTP is not counted: 0.11 GiB more" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size", "reason", "options"),
+    [
+        (["--dp", "32"], 8, "the largest whose groups divide", " --data-parallel-size 32"),
+        (["--dp", "4"], 4, "the largest whose groups divide", " --data-parallel-size 4"),
+        # 6 of 12 ranks would leave a group on two nodes.
+        (["--dp", "12", "--dtype", "bf16"], 4, "the largest", " --data-parallel-size 12"),
+        (["--dp", "16", "--tp", "4"], 2, "the largest",
+         " --data-parallel-size 16 --tensor-parallel-size 4"),
+        (["--dp", "16", "--tp", "8"], 2, "the smallest, because no group divides",
+         " --data-parallel-size 16 --tensor-parallel-size 8"),
+    ],
+)  # fmt: skip
+def test_the_last_line_is_the_command_to_start_with(
+    arguments: list[str], size: int, reason: str, options: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line("glm-4.5", *arguments) == 0
+    *_, why, command = capsys.readouterr().out.splitlines()
+    assert why.startswith(f"Start with N = {size}, {reason}")
+    assert command == f"OPROJ_TENSOR_PARALLEL_SIZE={size} vllm serve MODEL{options}"
+    assert command_line("glm-4.5", *arguments, "--json") == 0
+    start = json.loads(capsys.readouterr().out)["start"]
+    assert (start["otp_size"], start["command"]) == (size, command)
+    assert set(arguments) & {"--tp"} or len(command) <= 80
+
+
+def test_there_is_no_command_for_a_dense_model() -> None:
+    plan = make_plan("m", parse_config(r1_config(n_routed_experts=None)))
+    assert plan["start"] is None
+    assert "vllm serve" not in format_plan(plan)
+
+
+def test_a_hugging_face_id_is_read_from_the_local_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = {"hub": 5, "home/hub": 6, "user/.cache/huggingface/hub": 7}
+    for folder, count in layers.items():
+        for revision, changed in (("old", 1), ("new", count)):
+            snapshot = tmp_path / folder / "models--org--name" / "snapshots" / revision
+            snapshot.mkdir(parents=True)
+            write_config(snapshot, r1_config(num_hidden_layers=changed, quantization_config=None))
+            (snapshot / ASCEND).write_text(json.dumps(W8A8))
+        refs = snapshot.parents[1] / "refs"
+        refs.mkdir()
+        (refs / "main").write_text("new")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    for variable, count in (("HF_HUB_CACHE", 5), ("HF_HOME", 6), ("HOME", 7)):
+        assert load_model("org/name").dtypes == ("int8",) * count
+        if variable != "HOME":
+            monkeypatch.delenv(variable)
+    assert command_line("org/name") == 0
+    assert "vllm serve org/name --data-parallel-size 32" in capsys.readouterr().out
+    # A folder of that name comes first, and another id is not there.
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    write_config(tmp_path / "org" / "name", r1_config(num_hidden_layers=8))
+    assert len(load_model("org/name").dtypes) == 8
+    assert command_line("org/other") == 2
+    assert "a Hugging Face id in the local cache" in one_sentence(capsys)
+
+
+def test_the_model_is_quoted_for_the_shell() -> None:
+    command = make_plan("a model/$x", load_model("glm-4.5"))["start"]["command"]
+    assert shlex.split(command)[1:4] == ["vllm", "serve", "a model/$x"]
+    assert "serve MODEL" in make_plan("x/config.json", load_model("glm-4.5"))["start"]["command"]
 
 
 def test_runs_without_torch_and_vllm() -> None:
