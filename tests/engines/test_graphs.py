@@ -6,6 +6,7 @@ a CPU, is split off, or runs in the graph as one.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ MODES = {  # whether on the second runner: the modes
 SECOND_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
 
 
+@functools.cache
 def run(mode: str, size: int, second: bool) -> OfflineRun:
     """Two data-parallel ranks in one graph mode, sharded `size`-way (0: not)."""
     options: dict[str, Any] = {
@@ -69,13 +71,15 @@ def tokens(found: OfflineRun) -> list[list[list[list[int]]]]:
     ids=lambda value: {False: "first-runner", True: "second-runner"}.get(value, value),
 )
 def test_same_tokens(mode: str, second: bool) -> None:
-    """Each completion equals the unsharded engine's in the same mode; graphs were replayed."""
-    on, off = run(mode, 2, second), run(mode, 0, second)
+    """Each completion equals the unsharded engine's; graphs were replayed."""
+    whole_mode = MODES[second][0]
+    on, off = run(mode, 2, second), run(whole_mode, 0, second)
     assert tokens(on) == tokens(off)
     for sharded, whole in zip(on.workers, off.workers, strict=True):
         assert sharded["status"]["size"] == 2 and not whole["status"]["enabled"]
         # As many graphs as without the shim. How many steps an idle rank replays is chance.
-        assert sharded["captures"] == whole["captures"] >= len(CAPTURE_SIZES)
+        assert sharded["captures"] >= len(CAPTURE_SIZES)
+        assert mode != whole_mode or sharded["captures"] == whole["captures"]
         assert sharded["replays"] > 0 and whole["replays"] > 0
         # Eager steps (prefills, warm-ups) are exchanges in Python, replays are not.
         assert sharded["status"]["exchanges"] > 0

@@ -6,16 +6,14 @@ import re
 
 import pytest
 
-from demo.engines import EngineConfig, OfflineRun, Round, run_offline
+from demo.engines import OfflineRun, run_offline
 
 from .runs import (
     DENSE,
     MOE,
-    PROMPTS,
     STORY_TELLER,
     EngineRuns,
     Model,
-    assert_info_lines,
     assert_same_tokens,
     assert_unpatched,
     spread,
@@ -71,12 +69,3 @@ def test_compile_cache_of_the_other_setting(runs: EngineRuns) -> None:
 def graph_files(run: OfflineRun) -> set[str]:
     """Return the files that vLLM said it loaded, saved or could not use: one per rank."""
     return set(re.findall(r"/torch_aot_compile/(\w+/rank_\d+_\d+/model)", "\n".join(run.logs)))
-
-
-def test_plugin_alone(runs: EngineRuns) -> None:
-    """Without the probe nothing but vLLM's entry point can load the shim in a worker."""
-    config = runs.config(STORY_TELLER, otp=2)
-    bare = EngineConfig(config.model, env=config.env, extension=None)
-    run = run_offline(bare, [Round([PROMPTS[:2], PROMPTS[2:4]], [12, 12])])
-    assert_info_lines(run.logs, workers=2, otp=2)
-    assert_same_tokens(runs.off(STORY_TELLER), run)

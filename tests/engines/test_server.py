@@ -1,4 +1,4 @@
-"""The OpenAI-compatible server with two data-parallel ranks: 64 requests at once."""
+"""The OpenAI-compatible server with two data-parallel ranks: 64 requests at once, and metrics."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import json
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from demo import model as demo_model
 from demo.engines import Server, serve
 
 from .runs import STORY_TELLER, EngineRuns, assert_sharded, assert_unpatched
 
+parser = pytest.importorskip("prometheus_client.parser")
 REQUESTS = 64
 
 
@@ -32,12 +36,15 @@ def requests() -> list[Request]:
     ]
 
 
-def test_64_concurrent_requests(runs: EngineRuns) -> None:
+def test_64_concurrent_requests(runs: EngineRuns, tmp_path: Path) -> None:
     with serve(runs.config(STORY_TELLER, otp=None)) as server:
         off = answer_all(server)
         assert_unpatched(server.workers(), [server.log()])
-    with serve(runs.config(STORY_TELLER, otp=2)) as server:
+    sharded = runs.config(STORY_TELLER, otp=2)
+    env = {**sharded.env, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    with serve(replace(sharded, env=env)) as server:
         on = answer_all(server)
+        assert_gauges(server)
         workers = server.workers()
         assert_sharded(workers, [server.log()], dp=2, otp=2)
     assert off == on
@@ -46,6 +53,28 @@ def test_64_concurrent_requests(runs: EngineRuns) -> None:
     for request, text in zip(requests(), on, strict=True):
         start = story.index(request.prompt) + len(request.prompt)
         assert text == story[start : start + request.max_tokens]
+
+
+def assert_gauges(server: Server) -> None:
+    """The metrics end point shows the four gauges of each worker."""
+    with urllib.request.urlopen(f"{server.base_url}/metrics", timeout=30) as got:
+        page = got.read().decode()
+    shown = {
+        (sample.name, sample.labels["rank"]): sample.value
+        for family in parser.text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name.startswith("oproj_patch_") and not sample.name.endswith("_created")
+    }
+    half = demo_model.O_PROJ_BYTES // 2
+    of_each = {
+        "group_size": 2,
+        "layers": demo_model.NUM_LAYERS,
+        "kept_bytes": half,
+        "saved_bytes": half,
+    }
+    assert shown == {
+        (f"oproj_patch_{name}", rank): value for name, value in of_each.items() for rank in "01"
+    }
 
 
 def answer_all(server: Server) -> list[str]:
