@@ -20,6 +20,7 @@ import pytest
 
 from tests.ranks import launch
 
+pytestmark = pytest.mark.quick
 TOGGLE = launch.SIZE
 SEAMS = {
     "vllm.distributed.parallel_state": ["init_model_parallel_group"],

@@ -15,6 +15,7 @@ from tests.ranks.layers import O_PROJ, build, finish, load, made, place, referen
 
 COLUMNS, HIDDEN = 48, 20
 LIMIT = 5e-6
+pytestmark = pytest.mark.quick
 two_ranks = pytest.mark.parametrize("world", [2], indirect=True)
 
 

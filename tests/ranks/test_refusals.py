@@ -17,6 +17,7 @@ from oproj_patch.hosts.vllm import Vllm
 from oproj_patch.settings import Settings
 from tests.ranks.launch import World
 
+pytestmark = pytest.mark.quick
 MODEL = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",

@@ -12,6 +12,7 @@ import torch
 from tests.ranks.launch import World
 from tests.ranks.layers import finish, load, made, reference, sharding, whole
 
+pytestmark = pytest.mark.quick
 STEPS = [[8, 8], [7, 7], [9, 8], [40, 40], [1, 40], [0, 8], [8, 11], [300, 300], [3, 3], [8, 10]]
 """Rows that cross a threshold of 8 between consecutive steps, and unequal ones."""
 GATHERED = [1, 0, 1, 1, 0, 0, 0, 1, 0, 1]
