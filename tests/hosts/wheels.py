@@ -126,6 +126,8 @@ def environment(host: Host, base: Mapping[str, str] | None = None) -> dict[str, 
 
         env.update(cann_stubs.environment(env))
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [*entries, env.get("PYTHONPATH", "")]))
+    # What vLLM has asked a model class it keeps here, by the name of the class in any release.
+    env["VLLM_CACHE_ROOT"] = str(cache() / f"kept-by-{host}")
     return env
 
 
