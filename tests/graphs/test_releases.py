@@ -124,6 +124,10 @@ REFUSED = {
     ("vllm-0.12.0", "FULL_DECODE_ONLY"): "its runner asserts that no rank decodes while another",
 }
 WHY = {name: PLANS[name] for name in ("one idle", "one prefilling")}
+# Releases that end by an assertion of their own, with the shim and without it, in FULL with drafts
+# of one token: they capture an odd number of rows then, and an idle rank's row is padded to it.
+ASSERTING = ("0.12.0", "0.13.0", "0.14.1", "0.15.1", "0.16.0", "0.17.1")
+ASSERTION = "assert num_tokens_padded % uniform_decode_query_len == 0"
 # Modes that the release itself turns into NONE.
 WITHOUT_GRAPHS = {("ascend-0.11.0", "FULL")}
 
@@ -155,6 +159,9 @@ def test_cell(host: Host, mode: str, scenario: str) -> None:
     refusal = REFUSED.get((str(host), mode))
     if refusal is not None:
         assert all(refusal in told.get("error", "") for told in ranks)
+        return
+    if (host.kind, mode, scenario) == ("vllm", "FULL", "drafter") and host.version in ASSERTING:
+        assert any(ASSERTION in told.get("error", "") for told in ranks)
         return
     for rank, told in enumerate(ranks):
         assert "hung" not in told, f"rank {rank} hung in {told['hung'][:3]}, peers: {_ends(ranks)}"
