@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -17,6 +16,7 @@ import pytest
 from oproj_patch import settings
 
 from ..engines import tiny
+from ..ranks.test_doctor import in_fork
 from .tables import DOCUMENTS, ROOT
 
 SECONDS = 300
@@ -123,14 +123,12 @@ def test_servers_would_be_accepted_and_active(command: str, tiny_model: str) -> 
     given = command.partition(" -- ")[2] if command.startswith("oproj-patch doctor") else command
     given = given.replace("MODEL", shlex.quote(tiny_model))
     # VLLM_PLUGINS names what only an environment with vllm-ascend has; the filter is the same.
-    done = shell(f"oproj-patch doctor --json -- {given}")
-    assert done.stderr == ""
-    report = json.loads(done.stdout)
+    code, report = in_fork("--", *shlex.split(given))
     wrong = [f for f in report["findings"] if f["state"] not in ("ok", "note")]
     if "ray" in given.split() and find_spec("ray") is None:
         assert [(f["check"], "ray" in f["text"].lower()) for f in wrong] == [("command", True)]
         return
-    assert (done.returncode, wrong) == (0, [])
+    assert (code, wrong) == (0, [])
     said = re.search(rf"{TOGGLE}=(\w+)", given)
     assert said is not None
     assert report["size"] == (4 if said[1] == "auto" else int(said[1]))

@@ -1,8 +1,10 @@
-"""`oproj-patch doctor`, run as its users run it."""
+"""`oproj-patch doctor`, run as its users run it, and in forks of a process with vLLM."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import io
 import json
 import os
 import subprocess
@@ -22,6 +24,7 @@ from oproj_patch.cli import main
 from oproj_patch.errors import CODES
 
 from ..engines import tiny
+from . import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 TOGGLE = "OPROJ_TENSOR_PARALLEL_SIZE"
@@ -50,6 +53,23 @@ def doctor(
     )
     assert done.stderr == "", done.stderr
     return done.returncode, json.loads(done.stdout)
+
+
+def in_fork(*arguments: str, **changes: str) -> tuple[int, dict[str, Any]]:
+    """What `doctor` returns, without the start of an interpreter that imports vLLM."""
+    (told,) = launch.run(1, answer, arguments, changes, env={"HF_HUB_OFFLINE": "1"})
+    return told[0], json.loads(told[1])
+
+
+def answer(arguments: tuple[str, ...], changes: dict[str, str]) -> tuple[int, str]:
+    """In the fork: exit code and output, as after the start with the command's variables."""
+    variables, _ = doctor_module._split(arguments[1:])
+    os.environ.update(changes | variables)
+    os.environ.update({doctor_module.RESTARTED: "1", "VLLM_LOGGING_LEVEL": "ERROR"})
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = main(["doctor", "--json", *arguments])
+    return code, out.getvalue()
 
 
 def states(report: dict[str, Any], check: str) -> list[tuple[str, str | None]]:
@@ -104,7 +124,7 @@ def test_the_module_form_of_the_server(model: str) -> None:
 )
 def test_auto(model: str, config: str, code: str | None, size: int) -> None:
     options = ["--data-parallel-size", "4", "--additional-config", config]
-    ended, report = doctor("--", f"{TOGGLE}=auto", *serve(model, *options))
+    ended, report = in_fork("--", f"{TOGGLE}=auto", *serve(model, *options))
     assert (ended, report["size"]) == (1 if code else 0, size)
     assert states(report, "refusals") == [("problem" if code else "ok", code)]
 
@@ -117,21 +137,21 @@ def test_a_dense_model_is_refused(model: str, tmp_path: Path) -> None:
         del dense[name]
     (tmp_path / "config.json").write_text(json.dumps(dense | {"head_dim": 32}))
     command = serve(str(tmp_path), "--skip-tokenizer-init", "--data-parallel-size", "4")
-    code, report = doctor("--", f"{TOGGLE}=2", *command)
+    code, report = in_fork("--", f"{TOGGLE}=2", *command)
     assert code == 1
     assert states(report, "refusals") == [("problem", "OPROJ004")], text(report, "command")
 
 
 @needs_vllm
 def test_columns_that_cannot_be_divided(model: str) -> None:
-    code, report = doctor("--", f"{TOGGLE}=3", *serve(model, "--data-parallel-size", "6"))
+    code, report = in_fork("--", f"{TOGGLE}=3", *serve(model, "--data-parallel-size", "6"))
     assert code == 1
     assert states(report, "refusals") == [("problem", "OPROJ005")]
 
 
 @needs_vllm
 def test_a_command_that_vllm_refuses(model: str) -> None:
-    code, report = doctor("--", f"{TOGGLE}=2", *serve(model, "--no-such-option"))
+    code, report = in_fork("--", f"{TOGGLE}=2", *serve(model, "--no-such-option"))
     assert code == 1
     assert states(report, "command") == [("problem", None)]
     assert "--no-such-option" in text(report, "command")
@@ -150,7 +170,7 @@ def test_a_model_that_is_not_there_leaves_the_checks_of_the_layout(
     toggle: str, config: str, code: str | None, size: int
 ) -> None:
     options = ["--data-parallel-size", "4", "--additional-config", config]
-    ended, report = doctor("--", f"{TOGGLE}={toggle}", *serve("MODEL", *options))
+    ended, report = in_fork("--", f"{TOGGLE}={toggle}", *serve("MODEL", *options))
     assert (ended, report["size"]) == (1 if code else 0, size)
     assert states(report, "command") == [("note", None)]
     assert text(report, "command").endswith(
@@ -166,17 +186,17 @@ def test_a_model_that_is_not_there_leaves_the_checks_of_the_layout(
     ("plugins", "state"), [("oproj_patch", "ok"), ("ascend", "problem"), ("", "problem")]
 )
 def test_plugin_filter(plugins: str, state: str) -> None:
-    code, report = doctor(**{TOGGLE: "2", "VLLM_PLUGINS": plugins})
+    code, report = in_fork(**{TOGGLE: "2", "VLLM_PLUGINS": plugins})
     assert states(report, "plugin") == [(state, None)]
     assert code == (0 if state == "ok" else 1)
 
 
 @needs_vllm
 def test_without_a_command_model_and_layout_are_open() -> None:
-    code, report = doctor(**{TOGGLE: "8"})
+    code, report = in_fork(**{TOGGLE: "8"})
     assert (code, report["size"]) == (0, 8)
     assert states(report, "command") == [("note", None)]
-    code, report = doctor(**{TOGGLE: "auto"})
+    code, report = in_fork(**{TOGGLE: "auto"})
     assert code == 1
     assert states(report, "command") == [("unknown", None)]
 
@@ -192,7 +212,7 @@ def test_without_a_command_model_and_layout_are_open() -> None:
     ],
 )
 def test_off_or_not_understood(changes: dict[str, str], code: str | None) -> None:
-    ended, report = doctor(**changes)
+    ended, report = in_fork(**changes)
     assert (ended, report["activates"], report["size"]) == (1, False, 0)
     assert states(report, "toggle") == [("problem", code)]
     # The rest is looked at all the same.
