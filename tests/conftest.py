@@ -17,9 +17,14 @@ BYTES_PER_WORKER = 6 << 30
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Answer `-n auto` from the cores and the memory."""
+    """Answer `-n auto` from the cores and the memory, of the container if there is one."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(os.cpu_count() or 1, memory // BYTES_PER_WORKER))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (most := limit.read_text().strip()).isdigit():
+        memory = min(memory, int(most))
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min(cores, memory // BYTES_PER_WORKER))
 
 
 @pytest.hookimpl(tryfirst=True)

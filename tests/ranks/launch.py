@@ -359,7 +359,9 @@ def _environment(env: Env | None) -> dict[str, str]:
         if not name.startswith("OPROJ_") or name.startswith("OPROJ_TEST_")
     }
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    kept.pop("VLLM_PLUGINS", None)
     own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
+    own["HF_HUB_OFFLINE"] = "1"
     return kept | own | {"PYTHONPATH": path} | dict(env or {})
 
 
