@@ -182,8 +182,8 @@ def load_model(model: str, weight_dtype: str | None = None) -> ModelShape:
     if model.lower() in BUILTIN_MODELS:
         return parse_config(BUILTIN_MODELS[model.lower()], weight_dtype)
     try:
-        path, home = Path(model), os.environ.get("HF_HOME") or ""
-        home = home or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+        path, cache = Path(model), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
         hub = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
         main = hub / f"models--{model.replace('/', '--')}/refs/main"
         if main.is_file() and not path.exists():

@@ -452,6 +452,7 @@ def test_a_hugging_face_id_is_read_from_the_local_cache(
         (refs / "main").write_text("new")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     for variable, count in (("HF_HUB_CACHE", 5), ("HF_HOME", 6), ("HOME", 7)):
