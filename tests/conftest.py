@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tools.install import memory
+
 _HOST = re.compile(r"(?:vllm|ascend)-\d[\d.]*\d")
 ROOMS = ("unit", "ranks", "hosts", "graphs", "engines", "faults", "docs")
 BYTES_PER_WORKER = 6 << 30
@@ -18,13 +20,9 @@ BYTES_PER_WORKER = 6 << 30
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Answer `-n auto` from the cores and the memory, of the container if there is one."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (most := limit.read_text().strip()).isdigit():
-        memory = min(memory, int(most))
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, min(cores, memory // BYTES_PER_WORKER))
+    return max(1, min(cores, memory() // BYTES_PER_WORKER))
 
 
 @pytest.hookimpl(tryfirst=True)

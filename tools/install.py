@@ -72,15 +72,20 @@ def _has(wanted: str, *options: str) -> bool:
     return wanted in listed.replace(",", " ").split()
 
 
-def _check_node() -> None:
-    """Warn of little memory and refuse a disk that is too small, before anything is fetched."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def memory() -> int:
+    """Return the bytes of memory of this node, or of the container if there is one."""
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (most := limit.read_text().strip()).isdigit():
-        memory = min(memory, int(most))
-    if memory < MEMORY:
+        found = min(found, int(most))
+    return found
+
+
+def _check_node() -> None:
+    """Warn of little memory and refuse a disk that is too small, before anything is fetched."""
+    if (found := memory()) < MEMORY:
         print(
-            f"This node has {memory / 1e9:.1f} GB of memory, and the engines need "
+            f"This node has {found / 1e9:.1f} GB of memory, and the engines need "
             f"{MEMORY / 1e9:.0f} GB: the kernel may kill them.",
             flush=True,
         )
