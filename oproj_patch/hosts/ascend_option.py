@@ -31,20 +31,6 @@ def configured(additional_config: Any) -> Iterator[tuple[dict[str, Any], str]]:
             yield holder, name
 
 
-def size_in(additional_config: Any) -> int:
-    """Return the size that vllm-ascend's option names; 0: none. Raises OprojError for others."""
-    found = {name: holder[KEY] for holder, name in configured(additional_config)}
-    sound = all(type(value) is int and value > 1 for value in found.values())
-    if not sound or len(set(found.values())) > 1:
-        told = " and ".join(f"{name} is {value!r}" for name, value in found.items())
-        raise OprojError(
-            "OPROJ017",
-            f"{TOGGLE} is auto, but in --additional-config {told}; accepted is one integer of 2 "
-            f"or more: correct it, or set {TOGGLE} to a number.",
-        )
-    return next(iter(found.values()), 0)
-
-
 def seam(settings: Settings) -> Seam:
     """Return the one seam of vllm-ascend that is installed as soon as its module is imported."""
 

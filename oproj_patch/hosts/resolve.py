@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import OprojError
-from ..settings import TOGGLE, Settings, merge
-from . import ascend_option
+from ..settings import CONFIG_KEY, TOGGLE, Settings, merge
+from .ascend_option import KEY, NESTED, configured
 
 
 def resolved(settings: Settings, config: Any) -> Settings:
@@ -19,18 +19,16 @@ def resolved(settings: Settings, config: Any) -> Settings:
     settings = merge(settings, additional)
     if not settings.auto:
         return settings
-    theirs = ascend_option.size_in(additional)
-    if theirs and settings.size not in (0, theirs):
+    found = {name: holder[KEY] for holder, name in configured(additional)}
+    if settings.size:
+        found[f"{CONFIG_KEY}.size"] = settings.size
+    sound = found and all(type(value) is int and value > 1 for value in found.values())
+    if not sound or len(set(found.values())) > 1:
+        told = " and ".join(f"{name} = {value!r}" for name, value in found.items())
         raise OprojError(
             "OPROJ017",
-            f"{TOGGLE} is auto, and in --additional-config oproj_patch.size is {settings.size} "
-            f"but {ascend_option.KEY} is {theirs}; accepted is one size: remove one of the two.",
+            f"{TOGGLE} is auto, but --additional-config names {told or 'no size'}; accepted is one "
+            f'integer of 2 or more, in {{"{CONFIG_KEY}": {{"size": N}}}} or {KEY} at the top level '
+            f"or under {NESTED}: correct it, or set {TOGGLE} to a number.",
         )
-    if not (size := settings.size or theirs):
-        raise OprojError(
-            "OPROJ017",
-            f"{TOGGLE} is auto, but --additional-config names no size; accepted is "
-            '{"oproj_patch": {"size": N}}, or oproj_tensor_parallel_size at the top level or '
-            f"under finegrained_tp_config: add it, or set {TOGGLE} to a number.",
-        )
-    return replace(settings, size=size)
+    return replace(settings, size=next(iter(found.values())))

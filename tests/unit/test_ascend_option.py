@@ -29,7 +29,11 @@ KEY = ascend_option.KEY
     ids=str,
 )
 def test_size(config: Any, size: int) -> None:
-    assert ascend_option.size_in(config) == size
+    if size:
+        resolved_size = resolved(
+            Settings(auto=True), SimpleNamespace(additional_config=config)
+        ).size
+        assert resolved_size == size
     found = [holder[KEY] for holder, _ in ascend_option.configured(config)]
     assert set(found) == ({size} if size else set())
 
@@ -37,13 +41,14 @@ def test_size(config: Any, size: int) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({KEY: "4"}, f"in --additional-config {KEY} is '4'"),
-        ({KEY: 1}, f"in --additional-config {KEY} is 1"),
+        ({KEY: "4"}, f"--additional-config names {KEY} = '4'; accepted"),
+        ({KEY: [4]}, f"--additional-config names {KEY} = [4]; accepted"),
+        ({KEY: 1}, f"--additional-config names {KEY} = 1; accepted"),
         (
             {KEY: 4, "finegrained_tp_config": {KEY: 8}},
-            f"{KEY} is 4 and finegrained_tp_config.{KEY}",
+            f"{KEY} = 4 and finegrained_tp_config.{KEY} = 8",
         ),
-        ({KEY: 4, "oproj_patch": {"size": 8}}, f"oproj_patch.size is 8 but {KEY} is 4"),
+        ({KEY: 4, "oproj_patch": {"size": 8}}, f"{KEY} = 4 and oproj_patch.size = 8"),
         ({}, "--additional-config names no size"),
     ],
     ids=str,
