@@ -37,25 +37,17 @@ def parse(version: str) -> tuple[int, ...]:
     """
     found = _NUMBERS.match(version.strip())
     if found is None:
-        raise ValueError(
-            f"version {version!r} does not begin with a release number such as 0.11.0; "
-            "reinstall the distribution that reports it"
-        )
+        raise ValueError(f"version {version!r} does not begin with a release number")
     return tuple(int(number) for number in re.sub(r"(\.0+)+$", "", found[1]).split("."))
 
 
-def in_range(version: str, first: str, last: str | None = None) -> bool:
-    """Tell whether `first <= version <= last`; `last=None` means no upper end."""
-    numbers = parse(version)
-    return parse(first) <= numbers and (last is None or numbers <= parse(last))
-
-
-def applies(version: str, since: str, until: str) -> bool:
-    """Tell whether a fact from `since` to `until` (empty: no end) holds; `dev` counts as newest."""
+def in_range(version: str, first: str, last: str = "") -> bool:
+    """Tell whether `first <= version <= last`; empty: no such end. `dev` counts as newest."""
     try:
-        return in_range(version, since or "0", until or None)
+        numbers = parse(version)
     except ValueError:
-        return not until
+        return not last
+    return parse(first or "0") <= numbers and (not last or numbers <= parse(last))
 
 
 def untested(vllm: str, ascend: str | None = None) -> str:
@@ -64,17 +56,12 @@ def untested(vllm: str, ascend: str | None = None) -> str:
     Any vLLM between the oldest and the newest tested release is in range; of vllm-ascend only
     the tested releases are, each with its own vLLM.
     """
-    oldest, newest = VLLM_RELEASES[0], VLLM_RELEASES[-1]
-    try:
-        if ascend is None:
-            tested = in_range(vllm, oldest, newest)
-            return "" if tested else f"requested vllm {oldest} to {newest}, found {vllm}"
-        partners = {parse(release): partner for release, partner in ASCEND_RELEASES.items()}
-        partner = partners.get(parse(ascend))
-        if partner is None:
-            return f"requested vllm-ascend {', '.join(ASCEND_RELEASES)}, found {ascend}"
-        if parse(partner) != parse(vllm):
-            return f"requested vllm {partner} for vllm-ascend {ascend}, found vllm {vllm}"
-    except ValueError as error:
-        return f"requested vllm {oldest} to {newest}, found no release number ({error})"
-    return ""
+    first, last = VLLM_RELEASES[0], VLLM_RELEASES[-1]
+    if ascend is None:
+        tested = in_range(vllm, first, last)
+        return "" if tested else f"requested vllm {first} to {last}, found {vllm}"
+    for release, partner in ASCEND_RELEASES.items():
+        if in_range(ascend, release, release):
+            told = f"requested vllm {partner} for vllm-ascend {ascend}, found vllm {vllm}"
+            return "" if in_range(vllm, partner, partner) else told
+    return f"requested vllm-ascend {', '.join(ASCEND_RELEASES)}, found {ascend}"

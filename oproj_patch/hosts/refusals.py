@@ -63,14 +63,14 @@ def torchair(ascend: Any) -> bool:
 
 
 def graph_mode(vllm: Any) -> str:
-    """Return the name of vLLM's graph mode; NONE without graphs; empty before there were names."""
+    """Return the name of vLLM's graph mode; NONE without graphs; `on` before there were names."""
     compilation = of(vllm, "compilation_config")
     mode = of(compilation, "cudagraph_mode")
     # Read from 0.9.1 to 0.10.0, where only level 3 captures.
     level, graphs = of(compilation, "level"), of(compilation, "use_cudagraph")
     off = mode is None and (level not in (None, 3) or graphs is False)
     none = off or of(vllm, "model_config.enforce_eager")
-    return "NONE" if none else str(of(mode, "name") or mode or "")
+    return "NONE" if none else str(of(mode, "name") or mode or "on")
 
 
 def _set(path: str) -> Found:
@@ -114,10 +114,6 @@ def _first_engine(_: Facts) -> object:
     from vllm import envs
 
     return not getattr(envs, "VLLM_USE_V1", True) and "0"  # gone with the first engine
-
-
-def _own_graphs(facts: Facts) -> object:
-    return not torchair(facts.ascend) and graph_mode(facts.vllm) != "NONE" and "on"
 
 
 def _shared_experts(facts: Facts) -> object:
@@ -192,7 +188,7 @@ RULES: tuple[Rule, ...] = (
     Rule("VLLM_ASCEND_ENABLE_DBO", _variable("VLLM_ASCEND_ENABLE_DBO"),
          "its two micro-batches run o_proj on two streams at once",
          host="vllm-ascend", remedy="unset one of the two"),
-    Rule("its ACL graphs", _own_graphs,
+    Rule("its ACL graphs", _captured_as("on"),
          "each rank pads its rows and chooses its graph by itself there, so graphs of different "
          "sizes would meet", host="vllm-ascend", since="0.9.1", until="0.9.1",
          remedy="use --enforce-eager, torchair_graph_config.enabled for DeepSeek models, or "
@@ -223,7 +219,7 @@ def check(facts: Facts, settings: Settings, versions: Mapping[str, str], graph_r
         )
     for rule in RULES:
         version = versions.get(rule.host)
-        here = version is not None and releases.applies(version, rule.since, rule.until)
+        here = version is not None and releases.in_range(version, rule.since, rule.until)
         if here and (value := rule.found(facts)):
             of_release = f" of {rule.host} {version}" if rule.until else ""
             raise OprojError(

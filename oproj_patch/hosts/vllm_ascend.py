@@ -78,7 +78,7 @@ class VllmAscend(Vllm):
                 continue  # vllm-ascend imports these modules, and torchair, only in that mode
             if entry.module == SPARSE and not sparse:
                 continue  # importing it replaces DeepSeek's decoder constructor by V3.2's
-            if releases.applies(version, entry.since, entry.until):
+            if releases.in_range(version, entry.since, entry.until):
                 own.append(entry)
             elif self.untested():  # the user said not to trust the number: what is there is wrapped
                 own.append(replace(entry, required=False))

@@ -49,6 +49,7 @@ def test_range_has_both_ends() -> None:
     assert not in_range("0.9.2", "0.10.0")
     assert not in_range("0.10.2", "0.9.1", "0.10.1.1")
     assert in_range("1.0", "0.9.1")
+    assert in_range("0.9.1", "") and in_range("dev", "0.12.0") and not in_range("dev", "", "0.12.0")
 
 
 def test_untested() -> None:
@@ -58,6 +59,8 @@ def test_untested() -> None:
     assert releases.untested("0.23.0", "0.22.1").endswith(", 0.23.0, found 0.22.1")
     told = "requested vllm 0.23.0 for vllm-ascend 0.23.0.post1, found vllm 0.22.1"
     assert releases.untested("0.22.1", "0.23.0.post1") == told
+    assert releases.untested("dev") == "requested vllm 0.9.1 to 0.32.0, found dev"
+    assert releases.untested("0.23.0", "unknown").endswith(", 0.23.0, found unknown")
 
 
 def test_oldest_wrapt_that_is_run_is_the_one_promised() -> None:
