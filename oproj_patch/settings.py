@@ -121,23 +121,22 @@ def parse_size(text: str) -> tuple[int, bool]:
     return (int(value) if int(value) > 1 else 0), False
 
 
-def read(environ: Mapping[str, str] | None = None) -> Settings:
+def read(environ: Mapping[str, str] = os.environ) -> Settings:
     """Read settings from `environ` (default: this process's).
 
     Raises OprojValueError naming the variable, its value and what is accepted.
     """
-    env = os.environ if environ is None else environ
-    size, auto = parse_size(env.get(TOGGLE, ""))
+    size, auto = parse_size(environ.get(TOGGLE, ""))
     found = {
         option.field: _parsed(option, option.variable, value)
         for option in _OPTIONS
-        if (value := env.get(option.variable, "").strip())
+        if (value := environ.get(option.variable, "").strip())
     }
     return Settings(size=size, auto=auto, **found)
 
 
 def merge(
-    settings: Settings, additional_config: Any, environ: Mapping[str, str] | None = None
+    settings: Settings, additional_config: Any, environ: Mapping[str, str] = os.environ
 ) -> Settings:
     """Add to `settings` what vLLM's `additional_config` holds under `oproj_patch`.
 
@@ -148,7 +147,6 @@ def merge(
     ours = additional_config.get(CONFIG_KEY) if isinstance(additional_config, dict) else None
     if ours is None:
         return settings
-    env = os.environ if environ is None else environ
     where = f"additional_config.{CONFIG_KEY}"
     if not isinstance(ours, dict):
         told = f'{where} is {ours!r}; accepted is an object such as {{"size": 8}}'
@@ -162,7 +160,7 @@ def merge(
         parsed = _parsed(options[key], name, value)
         variable = options[key].variable
         # `auto` sets the toggle, but no size.
-        given = settings.size if key == "size" else env.get(variable, "").strip()
+        given = settings.size if key == "size" else environ.get(variable, "").strip()
         if given and parsed != getattr(settings, key):
             told = f"{variable} is {given!r} and {name} is {value!r}; accepted are equal values"
             raise OprojError("OPROJ002", f"{told}: correct or remove {name}.")
