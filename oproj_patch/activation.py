@@ -194,11 +194,7 @@ def _group_created(create: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _started() -> _Start:
-    """Return this start of process groups.
-
-    The first call in a world reads the configuration, installs the seams, and agrees with every
-    rank.
-    """
+    """Return this start of process groups; the first call in a world begins it."""
     from torch import distributed
 
     toggle = os.environ.pop(TOGGLE, None)
@@ -277,9 +273,6 @@ def _withdraw() -> None:
     """Go back to off: seams and environment as they were."""
     global _state
     _state.stack.close()
-    otp_group = sys.modules.get(f"{__package__}.sharding.otp_group")
-    if otp_group is not None:
-        otp_group.refuse(None)
     _state = _State()
 
 
