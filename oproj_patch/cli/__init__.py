@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from .._version import __version__
 from ..errors import OprojError
 
-BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
@@ -41,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The interpreter flushes once more on its way out, into the same closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return 141  # what a shell reports for a program that SIGPIPE ended
     except KeyboardInterrupt:
         return 130
     return code
