@@ -146,16 +146,12 @@ def _ranks_with(field: str, value: str, values: Mapping[int, Record]) -> str:
 def same_layers(records: Records) -> OprojError | None:
     """Judge after loading: every rank of the group sharded the same layers.
 
-    A record's `layers` is JSON: layer name -> its description (shapes, dtypes, quant method).
+    A record's `layers` is JSON: layer name -> its description (shapes, dtypes, quant method). Of a
+    rank that ended meanwhile all layers are absent.
     """
-    absent = [rank for rank, other in records.items() if other is None]
-    if absent:
-        return OprojError(
-            "OPROJ012",
-            f"rank {_join(absent)} did not reach its first forward pass in time: look for its "
-            "error in the log of that rank.",
-        )
-    described = {rank: json.loads(other["layers"]) for rank, other in records.items() if other}
+    described = {
+        rank: json.loads(other["layers"]) if other else {} for rank, other in records.items()
+    }
     first_rank, first = next(iter(described.items()))
     for rank, layers in described.items():
         for name in sorted(first.keys() | layers.keys()):

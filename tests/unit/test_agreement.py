@@ -50,8 +50,8 @@ def test_all_raise_the_same_sentence() -> None:
 def test_a_rank_that_is_absent_is_named_by_the_others() -> None:
     told = agreed([{"a": "1"}, None, {"a": "1"}], seconds=0.5)
     sentence = (
-        "OPROJ012: rank 1 did not reach its first forward pass in time: look for its error in the "
-        "log of that rank."
+        "OPROJ012: layer a is [absent] on rank 1 but [1] on rank 0: start every rank with "
+        "the same model, options, quantization and versions."
     )
     assert told == [(OprojError, sentence)] * 2
 
