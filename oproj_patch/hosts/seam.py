@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import logging
@@ -53,9 +54,6 @@ class Installed:
     inherited: bool
     wrapper: Any = None
     enabled: bool = True
-
-    def is_on(self) -> bool:
-        return self.enabled
 
     def undo(self) -> bool:
         """Put the original back if the attribute is still ours, else pass through; tell which."""
@@ -113,7 +111,8 @@ def install(seams: Sequence[Seam], host: str) -> list[Installed]:
         for seam, (parent, attribute, original) in targets:
             inherited = inspect.isclass(parent) and attribute not in vars(parent)
             entry = Installed(seam, parent, attribute, inherited)
-            entry.wrapper = wrapt.FunctionWrapper(original, seam.wrapper, enabled=entry.is_on)
+            on = functools.partial(getattr, entry, "enabled")
+            entry.wrapper = wrapt.FunctionWrapper(original, seam.wrapper, enabled=on)
             wrapt.apply_patch(parent, attribute, entry.wrapper)
             done.append(entry)
     except BaseException:
