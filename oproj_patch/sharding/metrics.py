@@ -1,8 +1,7 @@
 """Four Prometheus gauges of this worker, for vLLM's own `/metrics`; set once.
 
 The API server is another process, which reads them from files of prometheus_client in the
-directory `PROMETHEUS_MULTIPROC_DIR`. vLLM sets the variable when it starts several API servers
-(`vllm serve` from 0.18 on: one per data-parallel rank by default); else the operator may set it.
+directory `PROMETHEUS_MULTIPROC_DIR`; docs/operating.md says who sets the variable.
 """
 
 from __future__ import annotations
