@@ -23,9 +23,8 @@ from .hosts import ascend_option, ascend_version, launch_env, vllm_version
 from .hosts.seam import Installed, Seam, install, install_on_import
 from .settings import TOGGLE, Settings
 
-PARALLEL_STATE = "vllm.distributed.parallel_state"
-# It copies the names of PARALLEL_STATE while it is imported: wrap after that, or the copy would
-# keep the wrapper for ever.
+# It copies the names of its `parallel_state` while it is imported: wrap after that, or the copy
+# would keep the wrapper for ever.
 WRAP_AFTER = "vllm.distributed"
 
 
@@ -164,7 +163,7 @@ def status() -> Status:
 def group_seam() -> Seam:
     """Return the one seam that is installed before vLLM creates its groups."""
     return Seam(
-        PARALLEL_STATE, "init_model_parallel_group", _group_created,
+        "vllm.distributed.parallel_state", "init_model_parallel_group", _group_created,
         "agree on a start and create the otp group; every caller that creates groups comes "
         "through it, with the rank lists of the whole world",
         ("group_ranks", "backend", "group_name"),
@@ -252,10 +251,9 @@ def _install(host: Any, config: Any) -> tuple[Settings, dict[str, str]]:
 def _create_otp_group(start: _Start, dp_groups: Sequence[Any], backend: str, dp: Any) -> None:
     from vllm.config import get_current_vllm_config
 
-    from .sharding import otp_group, topology
+    from .sharding import otp_group
 
     host = _state.host
-    topology.check_size(host.settings.size, len(dp_groups[0]))
     graph_rows = host.graph_rows(get_current_vllm_config())
     otp_group.create(dp_groups, start.tp_groups, backend, host.settings, start.key, dp, graph_rows)
     original = dp.destroy
