@@ -45,11 +45,8 @@ def _asked_for() -> bool:
 def _command_line() -> bool:
     # `oproj-patch` builds no model, and shows the environment as vLLM would find it.
     script = os.path.basename(sys.argv[0]) if sys.argv else ""  # noqa: PTH119
-    if script == "-m":  # so it is while runpy imports the package of the module to run
-        options = [part.startswith("-") and part.endswith("m") for part in sys.orig_argv]
-        module = sys.orig_argv[options.index(True) + 1] if True in options else ""
-        return module.partition(".")[0] == __name__
-    return script.startswith("oproj-patch")
+    # It is -m while runpy imports the package of the module to run.
+    return script.startswith("oproj-patch") or (script == "-m" and __name__ in sys.orig_argv)
 
 
 if _asked_for() and not _command_line():
