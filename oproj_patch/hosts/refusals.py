@@ -121,11 +121,6 @@ def _shared_experts(facts: Facts) -> object:
     return on and not of(facts.vllm, "model_config.enforce_eager") and "on"
 
 
-def _o_proj_sharded(facts: Facts) -> object:
-    sharded = of(facts.ascend, "layer_sharding") or ()
-    return "o_proj" in sharded and list(sharded)
-
-
 RULES: tuple[Rule, ...] = (
     Rule("--decode-context-parallel-size", _more_than_one("decode_context_parallel_size"),
          "its ranks share one request's cache inside the tensor-parallel group, and the o_proj "
@@ -179,7 +174,8 @@ RULES: tuple[Rule, ...] = (
     Rule("additional_config.xlite_graph_config.enabled",
          lambda facts: of(facts.ascend, "xlite_graph_config.enabled"),
          "its kernels read the whole o_proj weight", host="vllm-ascend"),
-    Rule("additional_config.layer_sharding", _o_proj_sharded,
+    Rule("additional_config.layer_sharding",
+         lambda facts: "o_proj" in (named := of(facts.ascend, "layer_sharding") or ()) and named,
          "both shard o_proj, or switch its weights", host="vllm-ascend",
          remedy="take o_proj out of the list, or unset the variable"),
     Rule("VLLM_USE_V2_MODEL_RUNNER", _variable("VLLM_USE_V2_MODEL_RUNNER"),
