@@ -9,7 +9,6 @@ well, because a release may refuse a key that it does not know.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from ..errors import OprojError
@@ -36,29 +35,24 @@ def seam(settings: Settings) -> Seam:
 
     def constructed(wrapped: Any, _: Any, args: Any, kwargs: Any) -> None:
         vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
-        with _out_of_sight(vllm_config.additional_config, settings):
+        additional = vllm_config.additional_config
+        taken: list[tuple[dict[str, Any], str, Any]] = []
+        for holder, name in configured(additional):
+            if not settings.auto:
+                raise OprojError(
+                    "OPROJ016",
+                    f"{TOGGLE} is {settings.size} and additional_config.{name} is {holder[KEY]!r}: "
+                    f"one o_proj cannot be sharded twice; set {TOGGLE}=auto, or remove one of the "
+                    "two.",
+                )
+            taken.append((holder, KEY, holder.pop(KEY)))
+        if isinstance(additional, dict) and CONFIG_KEY in additional:
+            taken.append((additional, CONFIG_KEY, additional.pop(CONFIG_KEY)))
+        try:
             wrapped(*args, **kwargs)
+        finally:
+            for holder, key, value in taken:  # back into the same dictionaries: others hold them
+                holder[key] = value
 
     why = "serve vllm-ascend's own o_proj option, or refuse it beside a number"
     return Seam(CONFIG, "AscendConfig.__init__", constructed, why, ("vllm_config",))
-
-
-@contextmanager
-def _out_of_sight(additional_config: Any, settings: Settings) -> Iterator[None]:
-    """Take the option and our key out of the same dictionaries, which the host may change."""
-    taken: list[tuple[dict[str, Any], str, Any]] = []
-    for holder, name in configured(additional_config):
-        if not settings.auto:
-            raise OprojError(
-                "OPROJ016",
-                f"{TOGGLE} is {settings.size} and additional_config.{name} is {holder[KEY]!r}: one "
-                f"o_proj cannot be sharded twice; set {TOGGLE}=auto, or remove one of the two.",
-            )
-        taken.append((holder, KEY, holder.pop(KEY)))
-    if isinstance(additional_config, dict) and CONFIG_KEY in additional_config:
-        taken.append((additional_config, CONFIG_KEY, additional_config.pop(CONFIG_KEY)))
-    try:
-        yield
-    finally:
-        for holder, key, value in taken:
-            holder[key] = value

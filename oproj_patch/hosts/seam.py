@@ -122,19 +122,16 @@ def install(seams: Sequence[Seam], host: str) -> list[Installed]:
 
 
 def install_on_import(
-    seam: Seam, module: str, version: Callable[[], str], installed: list[Installed]
+    seam: Seam, module: str, host: Callable[[], str], installed: list[Installed]
 ) -> Callable[[], None]:
-    """Add `seam` to `installed`, now or once `module` is imported; return the undo.
-
-    version: returns the host's name and version for the message.
-    """
+    """Add `seam` to `installed`, now or once `module` is imported; return the undo."""
     import wrapt
 
     wanted = [True]  # because wrapt keeps a hook for ever
 
     def imported(_: Any) -> None:
         if wanted:
-            installed.extend(install([seam], version()))
+            installed.extend(install([seam], host()))
 
     def stop() -> None:
         wanted.clear()

@@ -67,11 +67,16 @@ def test_auto_resolved() -> None:
 
 def test_out_of_sight_and_back() -> None:
     config = {KEY: 4, "oproj_patch": {"size": 4}, "refresh": True}
-    with ascend_option._out_of_sight(config, Settings(auto=True)):
-        assert config == {"refresh": True}
+    vllm_config = SimpleNamespace(additional_config=config)
+
+    def constructor(vllm_config: Any) -> None:
+        seen.append(dict(vllm_config.additional_config))
+
+    seen: list[Any] = []
+    ascend_option.seam(Settings(auto=True)).wrapper(constructor, None, (vllm_config,), {})
+    assert seen == [{"refresh": True}]
     assert config == {KEY: 4, "oproj_patch": {"size": 4}, "refresh": True}
-    with (
-        pytest.raises(OprojError, match=r"^OPROJ016: "),
-        ascend_option._out_of_sight(config, Settings(size=2)),
-    ):
-        raise AssertionError("refused before")
+    wrapper = ascend_option.seam(Settings(size=2)).wrapper
+    with pytest.raises(OprojError, match=r"^OPROJ016: "):
+        wrapper(constructor, None, (), {"vllm_config": vllm_config})
+    assert len(seen) == 1
