@@ -64,7 +64,6 @@ class _Start:
 class _State:
     settings: Settings = field(default_factory=Settings)
     refusal: OprojError | None = None
-    watching: bool = False
     host: Any = None
     installed: list[Installed] = field(default_factory=list)
     start: _Start | None = None
@@ -86,8 +85,9 @@ def activate() -> None:
         wanted = settings_module.read()
     except OprojError as error:
         # vLLM logs what a plugin raises while it is loaded, and goes on without the plugin.
+        if not (_state.settings.enabled or _state.refusal):
+            _wrap_group_creation()
         _state.refusal = error
-        _wrap_group_creation()
         raise
     if wanted == _state.settings and _state.refusal is None:
         return
@@ -171,10 +171,8 @@ def group_seam() -> Seam:
 
 
 def _wrap_group_creation() -> None:
-    if not _state.watching:
-        _state.watching = True
-        seam, version = group_seam(), lambda: f"vllm {vllm_version()}"
-        _state.stack.callback(install_on_import(seam, WRAP_AFTER, version, _state.installed))
+    seam, version = group_seam(), lambda: f"vllm {vllm_version()}"
+    _state.stack.callback(install_on_import(seam, WRAP_AFTER, version, _state.installed))
 
 
 def _group_created(create: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -236,7 +234,7 @@ def _install(host: Any, config: Any) -> tuple[Settings, dict[str, str]]:
 
     Returns the resolved settings, and by name what must be equal on all ranks.
     """
-    from .hosts.resolve import resolved
+    from .hosts.ascend_option import resolved
 
     host.settings = settings = resolved(_state.settings, config)
     host.check_version(settings)

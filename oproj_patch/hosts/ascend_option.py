@@ -9,10 +9,11 @@ well, because a release may refuse a key that it does not know.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from ..errors import OprojError
-from ..settings import CONFIG_KEY, TOGGLE, Settings
+from ..settings import CONFIG_KEY, TOGGLE, Settings, merge
 from .seam import Seam
 
 CONFIG = "vllm_ascend.ascend_config"
@@ -28,6 +29,30 @@ def configured(additional_config: Any) -> Iterator[tuple[dict[str, Any], str]]:
     for name, holder in places.items():
         if isinstance(holder, dict) and holder.get(KEY):
             yield holder, name
+
+
+def resolved(settings: Settings, config: Any) -> Settings:
+    """Return `settings` with what the VllmConfig adds: our own key, and with `auto` the size.
+
+    Raises OprojError when they contradict each other, or `auto` finds no size.
+    """
+    additional = getattr(config, "additional_config", None)
+    settings = merge(settings, additional)
+    if not settings.auto:
+        return settings
+    found = {name: holder[KEY] for holder, name in configured(additional)}
+    if settings.size:
+        found[f"{CONFIG_KEY}.size"] = settings.size
+    sound = found and all(type(value) is int and value > 1 for value in found.values())
+    if not sound or len(set(found.values())) > 1:
+        told = " and ".join(f"{name} = {value!r}" for name, value in found.items())
+        raise OprojError(
+            "OPROJ017",
+            f"{TOGGLE} is auto, but --additional-config names {told or 'no size'}; accepted is one "
+            f'integer of 2 or more, in {{"{CONFIG_KEY}": {{"size": N}}}} or {KEY} at the top level '
+            f"or under {NESTED}: correct it, or set {TOGGLE} to a number.",
+        )
+    return replace(settings, size=next(iter(found.values())))
 
 
 def seam(settings: Settings) -> Seam:

@@ -198,7 +198,7 @@ def test_our_key_is_out_of_its_sight(here: Here) -> None:
     """`additional_config.oproj_patch` is there for us, and AscendConfig never sees it."""
     from vllm_ascend import ascend_config
 
-    from oproj_patch.hosts.resolve import resolved
+    from oproj_patch.hosts.ascend_option import resolved
     from oproj_patch.settings import Settings
 
     ours = {"oproj_patch": {"size": 4, "weight_gather_rows": 0}}

@@ -9,7 +9,7 @@ import pytest
 
 from oproj_patch.errors import OprojError
 from oproj_patch.hosts import ascend_option
-from oproj_patch.hosts.resolve import resolved
+from oproj_patch.hosts.ascend_option import resolved
 from oproj_patch.settings import Settings
 
 KEY = ascend_option.KEY
