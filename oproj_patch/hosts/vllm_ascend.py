@@ -151,9 +151,9 @@ def attention_ran(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """Wrap an attention implementation's forward: it always runs its o_proj."""
     result = wrapped(*args, **kwargs)
     layer: Any = getattr(instance, "o_proj", None)
-    ours = isinstance(layer, sharded.ShardedMixin)
-    if ours and _argument(wrapped, "attn_metadata", args, kwargs) is None:
-        output = _argument(wrapped, "output", args, kwargs)
+    given = dict(zip(_names(wrapped.__func__), args, strict=False)) | kwargs
+    if isinstance(layer, sharded.ShardedMixin) and given["attn_metadata"] is None:
+        output = given["output"]
         columns = layer.input_size // layer.oproj.group.tp_size
         layer(output.new_zeros((output.shape[0], columns)))
         # 0.9.1 returns uninitialized memory, whose NaNs would spread in the experts' all-to-all.
@@ -161,13 +161,9 @@ def attention_ran(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     return result
 
 
-def _argument(wrapped: Any, name: str, args: Any, kwargs: Any) -> Any:
-    return kwargs[name] if name in kwargs else args[_names(wrapped.__func__).index(name) - 1]
-
-
 @functools.cache
-def _names(function: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(function).parameters)
+def _names(method: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(method).parameters)[1:]  # without `self`
 
 
 def _check_layer(layer: Any) -> None:
