@@ -34,11 +34,10 @@ class OprojError(RuntimeError):
         if code not in CODES:
             raise KeyError(code)
         self.code, self.sentence = code, sentence
-        super().__init__(f"{code}: {sentence}")
+        super().__init__(code, sentence)  # what another process makes the error from
 
-    def __reduce__(self) -> tuple[type[OprojError], tuple[str, ...]]:
-        # Between processes the default reduction would pass the joined message as `code`.
-        return type(self), (self.code, self.sentence)
+    def __str__(self) -> str:
+        return f"{self.code}: {self.sentence}"
 
 
 class OprojValueError(OprojError, ValueError):
