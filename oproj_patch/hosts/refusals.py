@@ -245,5 +245,4 @@ def is_moe(model_config: Any) -> bool:
     known = of(model_config, "is_moe")  # since vLLM 0.18
     if isinstance(known, bool):
         return known
-    text = of(model_config, "hf_text_config") or model_config.hf_config
-    return any(of(text, name) for name in EXPERT_COUNTS)
+    return any(of(model_config.hf_text_config, name) for name in EXPERT_COUNTS)
