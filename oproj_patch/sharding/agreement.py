@@ -114,15 +114,15 @@ def same_settings(record: Record, seconds: float, records: Records) -> OprojErro
     record: what must be equal, by name; seconds: the deadline, for the sentence.
     """
     values = {rank: other for rank, other in records.items() if other is not None}
-    absent = [rank for rank in records if rank not in values]
+    absent = [str(rank) for rank in records if rank not in values]
     if absent:
         nodes = sorted({other["node"] for other in values.values()})
         return OprojError(
             "OPROJ011",
-            f"rank {_join(absent)}: {TOGGLE} is not set there, or oproj_patch is not installed or "
-            f"not loaded there, or that process has ended (no answer within {seconds:g} s; the "
-            f"other ranks are on {_join(nodes)}): set {TOGGLE}={record[TOGGLE]} for every process "
-            f"of the instance on every node; {HANDSHAKE_SECONDS} changes the deadline.",
+            f"rank {', '.join(absent)}: {TOGGLE} is not set there, or oproj_patch is not installed "
+            f"or not loaded there, or that process has ended (no answer within {seconds:g} s; the "
+            f"other ranks are on {', '.join(nodes)}): set {TOGGLE}={record[TOGGLE]} for every "
+            f"process of the instance on every node; {HANDSHAKE_SECONDS} changes the deadline.",
         )
     for field in record:
         found = sorted({other.get(field, "") for other in values.values()})
@@ -139,8 +139,9 @@ def same_settings(record: Record, seconds: float, records: Records) -> OprojErro
 
 
 def _ranks_with(field: str, value: str, values: Mapping[int, Record]) -> str:
-    ranks = [rank for rank, other in values.items() if other.get(field, "") == value]
-    return f"rank {_join(ranks)} (node {_join(sorted({values[r]['node'] for r in ranks}))})"
+    having = {rank: other for rank, other in values.items() if other.get(field, "") == value}
+    nodes = sorted({other["node"] for other in having.values()})
+    return f"rank {', '.join(map(str, having))} (node {', '.join(nodes)})"
 
 
 def same_layers(records: Records) -> OprojError | None:
@@ -163,7 +164,3 @@ def same_layers(records: Records) -> OprojError | None:
                     "start every rank with the same model, options, quantization and versions.",
                 )
     return None
-
-
-def _join(values: Sequence[object]) -> str:
-    return ", ".join(str(value) for value in values)
