@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from types import MappingProxyType
 
 VLLM_RELEASES: tuple[str, ...] = (
     "0.9.1", "0.9.2", "0.10.0", "0.10.1.1", "0.10.2", "0.11.0", "0.11.2", "0.12.0", "0.13.0",
@@ -17,13 +16,13 @@ VLLM_RELEASES: tuple[str, ...] = (
 )  # fmt: skip
 """Tested vLLM releases, oldest first."""
 
-ASCEND_RELEASES: Mapping[str, str] = MappingProxyType({
+ASCEND_RELEASES: Mapping[str, str] = {
     "0.9.1": "0.9.1",  # its wheel requires torch_npu 2.5.1.post1
     "0.11.0": "0.11.0",  # 2.7.1
     "0.13.0": "0.13.0",  # 2.8.0.post2
     "0.18.0": "0.18.0",  # 2.9.0
     "0.23.0": "0.23.0",  # 2.10.0.post4
-})  # fmt: skip
+}
 """Tested vllm-ascend releases, oldest first, each with the vLLM that it patches."""
 
 _NUMBERS = re.compile(r"v?(\d+(?:\.\d+)*)(?=$|[^\d])")
