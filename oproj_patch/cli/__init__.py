@@ -17,9 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments[:1] == ["demo"]:
-        where = "run `tox -e demo` in a checkout of the project"
-        told = f"oproj-patch: the demo is not part of the installed package: {where}"
-        print(told, file=sys.stderr)
+        told = "the demo is not part of the installed package: run `tox -e demo` in a checkout"
+        print(f"oproj-patch: {told} of the project", file=sys.stderr)
         return 2
     parser = argparse.ArgumentParser(
         prog="oproj-patch",

@@ -138,8 +138,8 @@ def diagnose(server: list[str]) -> dict[str, Any]:
 
 def format_report(report: dict[str, Any]) -> str:
     """Return the report as text."""
-    lines = ["versions", *(f"  {name:<12}  {found}" for name, found in report["versions"].items())]
-    lines += ["", "checks"]
+    versions = (f"  {name:<12}  {found}" for name, found in report["versions"].items())
+    lines = ["versions", *versions, "", "checks"]
     wrap = textwrap.TextWrapper(100, "", " " * 21, break_long_words=False, break_on_hyphens=False)
     for check, state, text, code in map(dict.values, report["findings"]):
         wrap.initial_indent = f"  {state:<7}  {check:<8}  "
@@ -228,7 +228,7 @@ def _command(host: Vllm, server: list[str], found: list[Finding]) -> Any:
 
 def _check(host: Vllm, args: Any, config: Any) -> None:
     """Raise OprojError as a worker would before it has built a layer, or while it does."""
-    from ..hosts.resolve import resolved
+    from ..hosts.ascend_option import resolved
 
     host.settings = resolved(host.settings, args if config is None else config)
     if config is None:

@@ -15,8 +15,6 @@ from .. import releases
 from ..errors import OprojError
 from ..settings import TOGGLE
 
-_log = logging.getLogger("vllm.oproj_patch")
-
 
 @dataclass(frozen=True)
 class Seam:
@@ -145,7 +143,8 @@ def undo(installed: Sequence[Installed]) -> None:
     """Put the originals back, last first; say so where another plugin's wrapper stays."""
     told = "another wrapper was put on after oproj_patch's, so oproj_patch's stays there and"
     if left := [entry.seam.symbol for entry in reversed(installed) if not entry.undo()]:
-        _log.warning("%s: %s passes through.", ", ".join(left), told)
+        log = logging.getLogger("vllm.oproj_patch")
+        log.warning("%s: %s passes through.", ", ".join(left), told)
 
 
 def _drift(seam: Seam, host: str, what: str) -> OprojError:

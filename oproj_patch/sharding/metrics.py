@@ -13,8 +13,6 @@ from typing import Any
 
 from .otp_group import OtpGroup
 
-_log = logging.getLogger("vllm.oproj_patch")
-
 
 def publish(group: OtpGroup) -> None:
     """Set the gauges of this worker, if anybody could see them."""
@@ -25,7 +23,8 @@ def publish(group: OtpGroup) -> None:
         for gauge, value in zip(_gauges(), values, strict=True):
             gauge.labels(str(group.ranks[group.rank])).set(value)
     except (OSError, ValueError) as error:  # the others would wait for a rank that ends for this
-        _log.warning("oproj_patch publishes no metrics here: %s", error)
+        told = "oproj_patch publishes no metrics here: %s"
+        logging.getLogger("vllm.oproj_patch").warning(told, error)
 
 
 @functools.cache
