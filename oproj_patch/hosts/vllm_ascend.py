@@ -152,7 +152,8 @@ def attention_ran(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     result = wrapped(*args, **kwargs)
     layer: Any = getattr(instance, "o_proj", None)
     given = dict(zip(_names(wrapped.__func__), args, strict=False)) | kwargs
-    if isinstance(layer, sharded.ShardedMixin) and given["attn_metadata"] is None:
+    ours = isinstance(layer, sharded.ShardedMixin)
+    if ours and given["attn_metadata"] is None:
         output = given["output"]
         columns = layer.input_size // layer.oproj.group.tp_size
         layer(output.new_zeros((output.shape[0], columns)))
