@@ -23,10 +23,6 @@ from .hosts import ascend_option, ascend_version, launch_env, vllm_version
 from .hosts.seam import Installed, Seam, install, install_on_import
 from .settings import TOGGLE, Settings
 
-# It copies the names of its `parallel_state` while it is imported: wrap after that, or the copy
-# would keep the wrapper for ever.
-WRAP_AFTER = "vllm.distributed"
-
 
 @dataclass(frozen=True)
 class Status:
@@ -172,7 +168,9 @@ def group_seam() -> Seam:
 
 def _wrap_group_creation() -> None:
     seam, version = group_seam(), lambda: f"vllm {vllm_version()}"
-    _state.stack.callback(install_on_import(seam, WRAP_AFTER, version, _state.installed))
+    # `vllm.distributed` copies the names of its `parallel_state` while it is imported: wrap after
+    # that, or the copy would keep the wrapper for ever.
+    _state.stack.callback(install_on_import(seam, "vllm.distributed", version, _state.installed))
 
 
 def _group_created(create: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -114,6 +114,11 @@ class Vllm(HostPass):
 
         group = otp_group.require(prefix)
         sharded.construct(wrapped, instance, args, kwargs, group, parallel_state, self)
+        self.check_layer(instance)
+
+    @staticmethod
+    def check_layer(layer: Any) -> None:
+        """Raise OprojError for what the host chose for a sharded layer and cannot be sharded."""
 
     def check(self, config: Any, settings: Settings) -> None:
         """Raise OprojError for a VllmConfig that cannot be served."""

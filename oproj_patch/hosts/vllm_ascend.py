@@ -84,11 +84,33 @@ class VllmAscend(Vllm):
                 own.append(replace(entry, required=False))
         return (*super().seams(config), *own)
 
-    def linear_constructed(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
-        nested = isinstance(instance, sharded.ShardedMixin)
-        super().linear_constructed(wrapped, instance, args, kwargs)
-        if not nested and isinstance(instance, sharded.ShardedMixin):
-            _check_layer(instance)
+    @staticmethod
+    def check_layer(layer: Any) -> None:
+        """Refuse what vllm-ascend chose for a sharded layer and would not survive sharding."""
+        tp_size, operator = layer.oproj.group.tp_size, getattr(layer, "custom_op", None)
+        name, chosen, problem = layer.oproj.name, type(operator).__name__, ""
+        method = type(getattr(layer.quant_method, "quant_method", layer.quant_method)).__name__
+        if operator is not None and (tp_size > 1 or chosen not in _PLAIN_WITHOUT_TP):
+            problem = (
+                f"vllm-ascend runs {name} through its own {chosen} (tensor-parallel size "
+                f"{tp_size}): disable the option that asks for it (flashcomm, matmul_allreduce, "
+                "layer_sharding)"
+            )
+        elif tp_size > 1 and any(c.__name__ in _SCATTERING for c in type(layer).__mro__):
+            problem = (
+                f"{name} is a {type(layer).__name__}, which scatters its result over {tp_size} "
+                "tensor-parallel ranks: disable enable_prefill_optimizations, "
+                "enable_shared_expert_dp and multistream_overlap_shared_expert"
+            )
+        elif "flatquant" in method.lower():
+            problem = (
+                f"{name} is quantized by {method}, whose transforms span the whole input "
+                "dimension: leave o_proj out of that quantization"
+            )
+        if problem:
+            raise OprojError("OPROJ015", f"{TOGGLE} is set, but {problem}, or unset the variable.")
+        if operator is not None:
+            layer.custom_op = None
 
     def ascend_config(self) -> Any:
         from vllm_ascend import ascend_config
@@ -97,8 +119,7 @@ class VllmAscend(Vllm):
 
     def capturing(self) -> bool:
         if self._npu is None:
-            npu = getattr(torch, "npu", None)
-            self._npu = npu is not None and npu.is_available() and npu
+            self._npu = torch.npu.is_available() and torch.npu
         return bool(self._npu and self._npu.is_current_stream_capturing())
 
     def announced(self, group: OtpGroup) -> Counts | None:
@@ -165,30 +186,3 @@ def attention_ran(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 @functools.cache
 def _names(method: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(method).parameters)[1:]  # without `self`
-
-
-def _check_layer(layer: Any) -> None:
-    """Refuse what vllm-ascend chose for a sharded layer and would not survive sharding."""
-    tp_size, operator = layer.oproj.group.tp_size, getattr(layer, "custom_op", None)
-    name, chosen, problem = layer.oproj.name, type(operator).__name__, ""
-    method = type(getattr(layer.quant_method, "quant_method", layer.quant_method)).__name__
-    if operator is not None and (tp_size > 1 or chosen not in _PLAIN_WITHOUT_TP):
-        problem = (
-            f"vllm-ascend runs {name} through its own {chosen} (tensor-parallel size {tp_size}): "
-            "disable the option that asks for it (flashcomm, matmul_allreduce, layer_sharding)"
-        )
-    elif tp_size > 1 and any(c.__name__ in _SCATTERING for c in type(layer).__mro__):
-        problem = (
-            f"{name} is a {type(layer).__name__}, which scatters its result over {tp_size} "
-            "tensor-parallel ranks: disable enable_prefill_optimizations, "
-            "enable_shared_expert_dp and multistream_overlap_shared_expert"
-        )
-    elif "flatquant" in method.lower():
-        problem = (
-            f"{name} is quantized by {method}, whose transforms span the whole input dimension: "
-            "leave o_proj out of that quantization"
-        )
-    if problem:
-        raise OprojError("OPROJ015", f"{TOGGLE} is set, but {problem}, or unset the variable.")
-    if operator is not None:
-        layer.custom_op = None
