@@ -116,8 +116,7 @@ class Vllm(HostPass):
         sharded.construct(wrapped, instance, args, kwargs, group, parallel_state, self)
         self.check_layer(instance)
 
-    @staticmethod
-    def check_layer(layer: Any) -> None:
+    def check_layer(self, layer: Any) -> None:
         """Raise OprojError for what the host chose for a sharded layer and cannot be sharded."""
 
     def check(self, config: Any, settings: Settings) -> None:

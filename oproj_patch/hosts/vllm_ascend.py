@@ -84,8 +84,7 @@ class VllmAscend(Vllm):
                 own.append(replace(entry, required=False))
         return (*super().seams(config), *own)
 
-    @staticmethod
-    def check_layer(layer: Any) -> None:
+    def check_layer(self, layer: Any) -> None:
         """Refuse what vllm-ascend chose for a sharded layer and would not survive sharding."""
         tp_size, operator = layer.oproj.group.tp_size, getattr(layer, "custom_op", None)
         name, chosen, problem = layer.oproj.name, type(operator).__name__, ""

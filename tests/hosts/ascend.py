@@ -484,7 +484,7 @@ def check_attention(config: Any, attention: Any, place: int, name: str, scatters
     output = output[0] if isinstance(output, tuple) else output
     assert float((output - x @ weight.t()).abs().max()) <= 5e-6
     with changed(layer.oproj.group, "tp_size", 2):
-        told = refused(lambda: vllm_ascend.VllmAscend.check_layer(layer))
+        told = refused(lambda: vllm_ascend.VllmAscend({}).check_layer(layer))
     if scatters:
         assert told.startswith("OPROJ015")
         assert f"is a {name}, which scatters its result over 2 tensor-parallel" in told

@@ -252,7 +252,7 @@ def test_layers_are_refused_by_name_with_a_remedy(here: Here) -> None:
     config.quant_config = _quant_config({f"{name}.weight": "W4A8_DYNAMIC", "group_size": 32})
     layer = RowParallelLinear(256, 32, bias=False, quant_config=config.quant_config, prefix=name)
 
-    check_layer = vllm_ascend.VllmAscend.check_layer
+    check_layer = vllm_ascend.VllmAscend({}).check_layer
 
     def told(wanted: str, check: Any = check_layer, code: str = "OPROJ015") -> None:
         sentence = refused(lambda: check(layer))
