@@ -19,6 +19,7 @@ from demo.engines import (
 )
 
 from ..hosts import wheels
+from . import warm
 
 TOGGLE = "OPROJ_TENSOR_PARALLEL_SIZE"
 PROMPTS = demo_model.prompts(20)
@@ -107,6 +108,7 @@ class EngineRuns:
             extension="cpu_moe.MoeWorkerProbe" if moe else PROBE,
             python_path=tuple(path),
             cache_root=self._caches[cache_key] if compiled else None,
+            start=warm.zygote().start,
         )
 
     def off(self, model: Model, **layout: Any) -> OfflineRun:
