@@ -108,6 +108,11 @@ class Zygote:
         assert answer, "the zygote has ended"
         return Forked(int(answer), ours)
 
+    def start_but_first(self) -> engines.Start:
+        """Return a start whose first program, and all that it starts, are new interpreters."""
+        first = iter([engines.new_interpreter])
+        return lambda *given: next(first, self.start)(*given)
+
 
 @functools.cache
 def zygote(python_path: tuple[Path, ...] = (), **env: str) -> Zygote:
@@ -166,8 +171,8 @@ def _serve(end: socket.socket) -> None:
         caller = os.getppid()
         if pid := os.fork():
             os._exit(engines.guard(caller, deadline, lambda: _exit_code(pid)))
-        os.close(descriptors[0])
-    _run(words)
+        os.close(descriptors.pop())
+    _run(words, *descriptors)
 
 
 def _exit_code(child: int) -> int | None:
@@ -175,24 +180,28 @@ def _exit_code(child: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if pid else None
 
 
-def _run(words: Sequence[str]) -> None:
-    """Be `python -m MODULE ...`; what it spawns are forks of this process as it is now."""
+def _run(words: Sequence[str], *own: int) -> None:
+    """Be `python -m MODULE ...`; what it spawns are forks of this process as it is now.
+
+    own: descriptors that those do not get.
+    """
     tempfile.tempdir = None
     prepare, preparation = spawn.prepare, spawn.get_preparation_data
 
     def get_preparation_data(name: str) -> dict[str, Any]:
         return {**preparation(name), "environ": dict(os.environ)}
 
-    def prepare_with_environment(data: dict[str, Any]) -> None:
+    def prepare_with_environment(data: Mapping[str, Any]) -> None:
         os.environ.clear()
-        os.environ.update(data.pop("environ"))
+        os.environ.update(data["environ"])
         prepare(data)
 
     spawn.get_preparation_data = get_preparation_data
     spawn.prepare = prepare_with_environment
-    context._concrete_contexts["spawn"] = multiprocessing.get_context("forkserver")  # type: ignore[attr-defined]
+    contexts: Any = context
+    contexts._concrete_contexts["spawn"] = multiprocessing.get_context("forkserver")
     resource_tracker.ensure_running()
-    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver
     listener = socket.socket(socket.AF_UNIX)
     listener.bind("")
     listener.listen()
@@ -200,9 +209,10 @@ def _run(words: Sequence[str]) -> None:
     server._forkserver_address, server._forkserver_alive_fd = listener.getsockname(), write_end
     type(server).ensure_running = lambda self: None
     if not os.fork():
-        os.close(write_end)
+        for descriptor in (write_end, *own):
+            os.close(descriptor)
         with contextlib.suppress(SystemExit):  # the way out when nobody is left to ask
-            forkserver.main(listener.detach(), read_end, [])  # type: ignore[attr-defined]
+            forkserver.main(listener.detach(), read_end, [])
         os._exit(0)
     listener.close()
     os.close(read_end)
