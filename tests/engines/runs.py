@@ -94,7 +94,7 @@ class EngineRuns:
         # 0.28.0 prefills MLA by FlashAttention, which it cannot import on a CPU.
         env = {"VLLM_MLA_DISABLE": "1"} if release else {}
         path = tuple(wheels.ensure(wheels.Host("vllm", release))) if release else ()
-        zygote = warm.zygote(path, **env)
+        zygote = warm.zygote(*path, **env)
         cache_key = (model, dp, tp, release)
         if compiled and cache_key not in self._caches:
             self._caches[cache_key] = self.scratch("compiled")

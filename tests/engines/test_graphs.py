@@ -58,7 +58,7 @@ def run(mode: str, size: int, second: bool) -> OfflineRun:
         options=options,
         extension="tests.graphs.engine.GraphProbe",
         python_path=(PLUGIN,),
-        start=warm.zygote((PLUGIN,), **SECOND_RUNNER if second else {}).start,
+        start=warm.zygote(PLUGIN, **SECOND_RUNNER if second else {}).start,
     )
     return run_offline(config, ROUNDS, deadline=900)
 

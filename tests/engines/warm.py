@@ -115,7 +115,7 @@ class Zygote:
 
 
 @functools.cache
-def zygote(python_path: tuple[Path, ...] = (), **env: str) -> Zygote:
+def zygote(*python_path: Path, **env: str) -> Zygote:
     """Return the session's zygote for engines with this search path and environment."""
     made = Zygote(python_path, env)
     atexit.register(made.close)
@@ -159,8 +159,7 @@ def _serve(end: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     words, env, log, deadline = pickle.loads(message)
     os.setsid()
-    os.environ.clear()
-    os.environ.update(env)
+    _adopt(env)
     os.chdir(log.parent)
     sys.path[:0] = [str(Path.cwd()), *env["PYTHONPATH"].split(os.pathsep)]
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -175,6 +174,15 @@ def _serve(end: socket.socket) -> None:
     _run(words, *descriptors)
 
 
+def _adopt(environ: Mapping[str, str]) -> None:
+    """Take an environment; forget what modules read from another one when they were imported."""
+    os.environ.clear()
+    os.environ.update(environ)
+    tempfile.tempdir = None
+    values: Any = importlib.import_module("prometheus_client.values")
+    values.ValueClass = values.get_value_class()
+
+
 def _exit_code(child: int) -> int | None:
     pid, status = os.waitpid(child, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if pid else None
@@ -185,15 +193,13 @@ def _run(words: Sequence[str], *own: int) -> None:
 
     own: descriptors that those do not get.
     """
-    tempfile.tempdir = None
     prepare, preparation = spawn.prepare, spawn.get_preparation_data
 
     def get_preparation_data(name: str) -> dict[str, Any]:
         return {**preparation(name), "environ": dict(os.environ)}
 
     def prepare_with_environment(data: Mapping[str, Any]) -> None:
-        os.environ.clear()
-        os.environ.update(data["environ"])
+        _adopt(data["environ"])
         prepare(data)
 
     spawn.get_preparation_data = get_preparation_data
