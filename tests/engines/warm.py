@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import multiprocessing
 import os
@@ -139,6 +140,7 @@ def _import() -> None:
         importlib.import_module("setproctitle").getproctitle()
     assert "oproj_patch" not in sys.modules
     assert threading.active_count() == 1
+    gc.freeze()  # a collection in a fork would read, and copy, all that was imported
 
 
 def _serve(end: socket.socket) -> None:
