@@ -82,7 +82,10 @@ def _why_not() -> str:
 def two_nodes(
     net: Net, local: int, envs: tuple[dict[str, str], dict[str, str]], fresh: bool = False
 ) -> Iterator[tuple[engine.Node, engine.Node]]:
-    """A server and a headless second node, each with `local` of the data-parallel ranks."""
+    """A server and a headless second node, each with `local` of the data-parallel ranks.
+
+    fresh: every process of the first node is a new interpreter.
+    """
     with contextlib.ExitStack() as stack:
         nodes = []
         for index in (0, 1):
@@ -104,7 +107,8 @@ def two_nodes(
                 "OPROJ_PATCH_HANDSHAKE_SECONDS": str(SECONDS),
                 **envs[index],
             }
-            nodes.append(stack.enter_context(engine.node(options, env, net.prefix(index), fresh)))
+            started = engine.node(options, env, net.prefix(index), fresh and not index)
+            nodes.append(stack.enter_context(started))
         yield nodes[0], nodes[1]
 
 
