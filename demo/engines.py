@@ -27,7 +27,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 PROBE = "demo.probe.WorkerProbe"
 _THIS = Path(__file__).resolve()
@@ -50,6 +50,45 @@ class EngineError(RuntimeError):
         super().__init__("\n".join(quoted))
 
 
+class Leader(Protocol):
+    """The first process of a session; `subprocess.Popen` is one."""
+
+    @property
+    def pid(self) -> int:
+        """Its number, which is also the session's."""
+        ...
+
+    def poll(self) -> int | None:
+        """Return None while it runs."""
+        ...
+
+    def wait(self) -> object:
+        """Wait until it has ended."""
+        ...
+
+
+Start = Callable[[Sequence[str], Mapping[str, str], Path, float], Leader]
+"""Starts a guarded command: its words, environment, log, and deadline in seconds."""
+
+
+def new_interpreter(
+    command: Sequence[str], env: Mapping[str, str], log: Path, deadline: float
+) -> subprocess.Popen[bytes]:
+    """Start `command` under a guard that is a new interpreter."""
+    # Isolated, because the guard must not import what `env` asks Python to import.
+    guard = [sys.executable, "-I", str(_THIS), "guard", str(os.getpid()), str(deadline)]
+    with open(log, "wb") as out:
+        return subprocess.Popen(
+            [*guard, *command],
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=log.parent,
+            start_new_session=True,
+        )
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """What to start.
@@ -59,7 +98,7 @@ class EngineConfig:
     is added to the environment of each. `options` are further keyword arguments of `vllm.LLM`,
     or flags of the server. `extension` is vLLM's `worker_extension_cls`; with None no worker
     reports. `python_path` precedes the module search path. `cache_root` keeps compiled graphs from
-    one run to the next; None means a directory of this run's own.
+    one run to the next; None means a directory of this run's own. `start` starts the programs.
     """
 
     model: Path
@@ -71,6 +110,7 @@ class EngineConfig:
     extension: str | None = PROBE
     python_path: tuple[Path, ...] = ()
     cache_root: Path | None = None
+    start: Start = new_interpreter
 
     def engine_options(self) -> dict[str, Any]:
         """Return the keyword arguments of `vllm.LLM`."""
@@ -166,7 +206,8 @@ def run_offline(
             command = [sys.executable, "-m", "demo.engines", "rank", str(rank)]
             own = {"VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)}
             # The guard's deadline is for a caller that is stopped.
-            guarded = process(command, env | own, scratch / f"rank{rank}.log", deadline + 30)
+            log = scratch / f"rank{rank}.log"
+            guarded = process(command, env | own, log, deadline + 30, config.start)
             ranks.append(stack.enter_context(guarded))
         problem = _wait_for_results(ranks, started + deadline, progress)
         seconds = time.monotonic() - started
@@ -258,7 +299,7 @@ def serve(config: EngineConfig, *, lifetime: float = 900.0) -> Iterator[Server]:
     with _scratch() as scratch:
         # The development mode adds the RPC end point through which the probe is asked.
         env = environment(config, scratch) | {"VLLM_SERVER_DEV_MODE": "1"}
-        with process(command, env, scratch / "server.log", lifetime) as server:
+        with process(command, env, scratch / "server.log", lifetime, config.start) as server:
             if not _wait_until(lambda: server.ended() or healthy(url), 300) or server.ended():
                 raise EngineError("the server ended or did not get healthy", [server.log()])
             yield Server(url, server, config.dp * config.tp)
@@ -356,7 +397,7 @@ def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 class Process:
     """A command under its guard, which leads a session."""
 
-    guard: subprocess.Popen[bytes]
+    guard: Leader
     log_path: Path
 
     def ended(self) -> bool:
@@ -370,7 +411,11 @@ class Process:
 
 @contextlib.contextmanager
 def process(
-    command: Sequence[str], env: Mapping[str, str], log: Path, deadline: float
+    command: Sequence[str],
+    env: Mapping[str, str],
+    log: Path,
+    deadline: float,
+    start: Start = new_interpreter,
 ) -> Iterator[Process]:
     """Run `command` in the directory of `log`; end it and all that it started on leaving.
 
@@ -378,18 +423,7 @@ def process(
     when the caller is gone; in the last case it also removes the directory. The kernel's signal at
     a parent's death reaches children only, and vLLM's engine cores are grandchildren.
     """
-    # Isolated, because the guard must not import what `env` asks Python to import.
-    guard = [sys.executable, "-I", str(_THIS), "guard", str(os.getpid()), str(deadline)]
-    with open(log, "wb") as out:
-        leader = subprocess.Popen(
-            [*guard, *command],
-            env=dict(env),
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            cwd=log.parent,
-            start_new_session=True,
-        )
+    leader = start(command, env, log, deadline)
     try:
         yield Process(leader, log)
     finally:
@@ -397,13 +431,14 @@ def process(
         leader.wait()
 
 
-def _guard(caller: int, seconds: float, command: Sequence[str]) -> int:
-    """Guard `command`; return its exit code, 1 when it had to be ended."""
+def guard(caller: int, seconds: float, poll: Callable[[], int | None]) -> int:
+    """Guard a command of this session; return its exit code, 1 when it had to be ended.
+
+    `caller` is this process's parent; `poll` returns None while the command runs.
+    """
     end = time.monotonic() + seconds
-    child = subprocess.Popen(command)
-    while child.poll() is None and time.monotonic() < end and os.getppid() == caller:
-        time.sleep(0.2)
-    code = child.poll()
+    while (code := poll()) is None and time.monotonic() < end and os.getppid() == caller:
+        time.sleep(0.1)
     end_session(os.getpid())
     if os.getppid() != caller:
         shutil.rmtree(Path.cwd(), ignore_errors=True)
@@ -474,5 +509,5 @@ def _rank(rank: int) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "guard":
-        sys.exit(_guard(int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:]))
+        sys.exit(guard(int(sys.argv[2]), float(sys.argv[3]), subprocess.Popen(sys.argv[4:]).poll))
     _rank(int(sys.argv[2]))

@@ -116,7 +116,7 @@ def ensure(
                 steps = [line for line in maker.log().splitlines() if line.startswith("training")]
                 progress(steps[-1] if steps else "making the checkpoint")
                 time.sleep(0.1)
-        if maker.guard.returncode:
+        if maker.guard.poll():
             raise RuntimeError(
                 f"making {path} failed; it needs torch and transformers with "
                 f"DeepseekV3ForCausalLM:\n{maker.log()[-2000:]}"

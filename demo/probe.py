@@ -10,13 +10,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.model_loader import base_loader
-
-import oproj_patch
 
 _loaded: dict[str, dict[str, Any]] = {}
 _process_weights = base_loader.process_weights_after_loading
@@ -48,7 +47,8 @@ class WorkerProbe:
 
         `dp_rank` and `tp_rank`; `layers`: per o_proj its `shape` ([rows, columns] of the weight
         on this rank), `dtype` and `bytes` (all parameters); `o_proj_bytes`: their sum; `status`:
-        the fields of `oproj_patch.status()`.
+        the fields of `oproj_patch.status()`, or that nothing is enabled where the package has not
+        been imported: the probe itself does not import it.
 
         With `directory` each worker also writes its report there, because the server's RPC end
         point answers for the first data-parallel rank only.
@@ -60,12 +60,14 @@ class WorkerProbe:
                 "the probe saw no o_proj being loaded: use a model that has one and a loader "
                 "derived from vLLM's BaseModelLoader"
             )
+        package = sys.modules.get("oproj_patch")
+        absent = {"enabled": False, "layers": 0, "exchanges": 0}
         report = {
             "dp_rank": self.vllm_config.parallel_config.data_parallel_rank,  # type: ignore[attr-defined]
             "tp_rank": get_tensor_model_parallel_rank(),
             "layers": _loaded,
             "o_proj_bytes": sum(layer["bytes"] for layer in _loaded.values()),
-            "status": dataclasses.asdict(oproj_patch.status()),
+            "status": dataclasses.asdict(package.status()) if package else absent,
         }
         if directory:
             path = Path(directory) / f"dp{report['dp_rank']}-tp{report['tp_rank']}.json"

@@ -89,7 +89,7 @@ EVIDENCE: Mapping[str, str] = {
     "TP 2": f"{_ASCEND_LAYER}two_tensor_parallel_ranks_and_quant_bias_once[HOST]",
     "proposer": f"{_ASCEND_LAYER}proposer_drafts_as_often_on_an_idle_rank[HOST]",
     "torchair": "tests/hosts/test_ascend_torchair.py::test_torchair_traces_whole[HOST]",
-    "engine": "tests/engines/test_offline.py::test_two_ranks[moe-eager]",
+    "engine": "tests/engines/test_offline.py::test_experts",
     "MTP": "tests/engines/test_mtp.py::test_drafter",
     "oldest engine": "tests/engines/test_releases.py::test_oldest_engine",
 }

@@ -19,6 +19,7 @@ from demo.engines import (
 )
 
 from ..hosts import wheels
+from . import warm
 
 TOGGLE = "OPROJ_TENSOR_PARALLEL_SIZE"
 PROMPTS = demo_model.prompts(20)
@@ -80,20 +81,24 @@ class EngineRuns:
         tp: int = 1,
         compiled: bool = False,
         release: str = "",
+        fresh: bool = False,
         **options: Any,
     ) -> EngineConfig:
         """Return a configuration; `otp` None is unpatched, `options` are vLLM's own.
 
-        `release` is a vLLM release that is not the installed one. Compiled runs of one model,
+        `release` is a vLLM release that is not the installed one. With `fresh` the processes of
+        the first rank are new interpreters; all others are forks. Compiled runs of one model,
         layout and release share their compile cache.
         """
+        if compiled:
+            # Scalar code compiles faster. The compiler does not see into a step of ours anyway.
+            scalar = {"inductor_compile_config": {"cpp.simdlen": 1}}
+            options = {"compilation_config": scalar, **options}
         moe = model.variant == "moe"
-        path = [Path(__file__).parent] if moe else []
-        env = {} if otp is None else {TOGGLE: str(otp)}
-        if release:
-            path += wheels.ensure(wheels.Host("vllm", release))
-            # 0.28.0 prefills MLA by FlashAttention, which it cannot import on a CPU.
-            env["VLLM_MLA_DISABLE"] = "1"
+        # 0.28.0 prefills MLA by FlashAttention, which it cannot import on a CPU.
+        env = {"VLLM_MLA_DISABLE": "1"} if release else {}
+        path = tuple(wheels.ensure(wheels.Host("vllm", release))) if release else ()
+        zygote = warm.zygote(*path, **env)
         cache_key = (model, dp, tp, release)
         if compiled and cache_key not in self._caches:
             self._caches[cache_key] = self.scratch("compiled")
@@ -102,11 +107,12 @@ class EngineRuns:
             dp=dp,
             tp=tp,
             compiled=compiled,
-            env=env,
+            env=env if otp is None else {**env, TOGGLE: str(otp)},
             options=options,
             extension="cpu_moe.MoeWorkerProbe" if moe else PROBE,
-            python_path=tuple(path),
+            python_path=(Path(__file__).parent, *path) if moe else path,
             cache_root=self._caches[cache_key] if compiled else None,
+            start=zygote.start_but_first() if fresh else zygote.start,
         )
 
     def off(self, model: Model, **layout: Any) -> OfflineRun:
@@ -125,10 +131,13 @@ class EngineRuns:
         tp: int = 1,
         compiled: bool = False,
         release: str = "",
+        fresh: bool = False,
     ) -> OfflineRun:
-        key = (model, otp, dp, tp, compiled, release)
+        key = (model, otp, dp, tp, compiled, release, fresh)
         if key not in self._runs:
-            config = self.config(model, otp=otp, dp=dp, tp=tp, compiled=compiled, release=release)
+            config = self.config(
+                model, otp=otp, dp=dp, tp=tp, compiled=compiled, release=release, fresh=fresh
+            )
             self._runs[key] = run = run_offline(config, spread(dp, tp))
             assert_round_sizes(run, spread(dp, tp))
         run = self._runs[key]

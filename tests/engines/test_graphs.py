@@ -15,6 +15,8 @@ import pytest
 from demo import model as demo_model
 from demo.engines import EngineConfig, OfflineRun, Round, run_offline
 
+from . import warm
+
 PLUGIN = Path(__file__).resolve().parents[1] / "graphs" / "plugin"
 PROMPTS = demo_model.prompts(8)
 CAPTURE_SIZES = [1, 2, 4, 8, 16]
@@ -56,6 +58,7 @@ def run(mode: str, size: int, second: bool) -> OfflineRun:
         options=options,
         extension="tests.graphs.engine.GraphProbe",
         python_path=(PLUGIN,),
+        start=warm.zygote(PLUGIN, **SECOND_RUNNER if second else {}).start,
     )
     return run_offline(config, ROUNDS, deadline=900)
 

@@ -25,7 +25,6 @@ from .runs import (
     [
         pytest.param(STORY_TELLER, False, id="dense-eager"),
         pytest.param(DENSE, True, id="dense-compiled"),
-        pytest.param(MOE, False, id="moe-eager", marks=pytest.mark.smoke),
         pytest.param(MOE, True, id="moe-compiled"),
     ],
 )
@@ -34,6 +33,13 @@ def test_two_ranks(runs: EngineRuns, model: Model, compiled: bool) -> None:
     off = runs.off(model, compiled=compiled)
     on = runs.on(model, 2, compiled=compiled)
     assert_same_tokens(off, on)
+
+
+@pytest.mark.smoke
+def test_experts(runs: EngineRuns) -> None:
+    """DP=2, otp=2, one rank started as users start it, while the other waits for its zygote."""
+    on = runs.on(MOE, 2, fresh=True)
+    assert_same_tokens(runs.off(MOE), on)
 
 
 @pytest.mark.parametrize("otp", [2, 4])

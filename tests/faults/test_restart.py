@@ -34,7 +34,7 @@ def test_engines_come_and_go() -> None:
     }
     # vLLM takes a port for each of its groups, from this one on.
     ports = list(range(first, first + 20 * TIMES, 20))
-    told = launch.run(2, lives, config.engine_options(), ports, env=env, fresh=True, seconds=420)
+    told = launch.run(2, lives, config.engine_options(), ports, env=env, seconds=420)
     for of_rank in told:
         for life in of_rank:
             print(life)

@@ -80,9 +80,12 @@ def _why_not() -> str:
 
 @contextlib.contextmanager
 def two_nodes(
-    net: Net, local: int, envs: tuple[dict[str, str], dict[str, str]]
+    net: Net, local: int, envs: tuple[dict[str, str], dict[str, str]], fresh: bool = False
 ) -> Iterator[tuple[engine.Node, engine.Node]]:
-    """A server and a headless second node, each with `local` of the data-parallel ranks."""
+    """A server and a headless second node, each with `local` of the data-parallel ranks.
+
+    fresh: every process of the first node is a new interpreter.
+    """
     with contextlib.ExitStack() as stack:
         nodes = []
         for index in (0, 1):
@@ -96,13 +99,16 @@ def two_nodes(
             }
             if index:
                 options |= {"headless": True, "data_parallel_start_rank": local}
+            else:
+                options["api_server_count"] = 1  # else one for each rank
             env = {
                 "VLLM_HOST_IP": net.addresses[index],
                 "GLOO_SOCKET_IFNAME": net.interfaces[index],
                 "OPROJ_PATCH_HANDSHAKE_SECONDS": str(SECONDS),
                 **envs[index],
             }
-            nodes.append(stack.enter_context(engine.node(options, env, net.prefix(index))))
+            started = engine.node(options, env, net.prefix(index), fresh and not index)
+            nodes.append(stack.enter_context(started))
         yield nodes[0], nodes[1]
 
 
@@ -116,7 +122,7 @@ def _inside(net: Net, code: str) -> str:
 
 def test_four_ranks_on_two_nodes_answer(net: Net) -> None:
     on = {TOGGLE: "4"}
-    with two_nodes(net, 2, (on, on)) as (first, second):
+    with two_nodes(net, 2, (on, on), fresh=True) as (first, second):
         url = f"http://{net.addresses[0]}:{first.port}"
         healthy = f"import urllib.request as u; print(u.urlopen('{url}/health', timeout=5).status)"
         deadline = time.monotonic() + 300

@@ -428,7 +428,7 @@ def _answer_calls(descriptor: int, parent: int) -> None:
     code = 1
     try:
         _end_with(parent)
-        wrapt.register_post_import_hook(_inspect_in_forks, "vllm.model_executor.models.registry")
+        wrapt.register_post_import_hook(inspect_in_forks, "vllm.model_executor.models.registry")
         end = Connection(descriptor)
         last = False
         while not last:
@@ -447,7 +447,7 @@ def _answer_calls(descriptor: int, parent: int) -> None:
         os._exit(code)
 
 
-def _inspect_in_forks(registry: Any) -> None:
+def inspect_in_forks(registry: Any) -> None:
     """Let vLLM ask a model class in a fork of the rank instead of in a new interpreter.
 
     That would import vLLM anew for each architecture in each rank.

@@ -82,7 +82,7 @@ def test_children_end_with_the_command(tmp_path: Path) -> None:
     with process(log, "sys.exit(3)") as running:
         child = child_of(log)
         assert wait_for(running.ended)
-        assert running.guard.returncode == 3
+        assert running.guard.poll() == 3
         assert not alive(child)
 
 
