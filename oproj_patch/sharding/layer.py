@@ -40,9 +40,10 @@ _NOT_A_DECODER = re.compile(
 # output projection. Its name is no evidence: a linear attention has the same one
 # (`self_attn.dense`, `self_attn.out_proj`), or vLLM gives it none (0.11 and before).
 OWNERS = frozenset({
-    "BailingMoeV3MLAAttention", "DbrxAttention", "DeepseekAttention", "Dots1Attention",
-    "InklingAttention", "JambaAttentionDecoderLayer", "Lfm2MoeAttention", "OlmoeAttention",
-    "PhiMoEAttention",
+    "ArcticAttention", "BailingMoeV3MLAAttention", "DbrxAttention", "DeepseekAttention",
+    "Dots1Attention", "InklingAttention", "JambaAttentionDecoderLayer", "Lfm2MoeAttention",
+    "MiniCPM3Attention", "MiniCPMAttention", "Moondream3Attention", "OlmoeAttention",
+    "PhiMoEAttention", "Qwen2MoeAttention",
 })  # fmt: skip
 _log = logging.getLogger("vllm.oproj_patch")  # only loggers below "vllm" have vLLM's handlers
 
@@ -196,7 +197,9 @@ def check_model(model: Any, group: OtpGroup, built: Sequence[str], attentions: A
     for name in built:
         owner = name.partition("#")[0].rpartition(".")[0]
         inner = [layer for prefix, layer in attentions.items() if _is_below(prefix, owner)]
-        cached = [layer for layer in inner if hasattr(layer, "kv_cache")]
+        # A linear attention (Bailing 3) may get its cache only when memory is planned.
+        states = ("kv_cache", "get_state_shape")
+        cached = [layer for layer in inner if any(hasattr(layer, name) for name in states)]
         if all(getattr(layer, "attn_type", None) in encoders for layer in cached):
             raise OprojError(
                 "OPROJ007",
