@@ -170,6 +170,11 @@ CONSTRUCTED: Mapping[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
         "n_routed_experts": 8,
     },
+    "DeepseekV3BidirectionalModel": {
+        "model_type": "deepseek_v3",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "num_hidden_layers": 4,
+    },
     "DeepseekV3ForCausalLM": {
         "model_type": "deepseek_v3",
         "architectures": ["DeepseekV3ForCausalLM"],
@@ -567,7 +572,6 @@ READ: Mapping[str, tuple[str, ...]] = {
         "InternS2PreviewForConditionalGeneration",
         "Llama4ForConditionalGeneration",
         "MiMoV2OmniForCausalLM",
-        "MiniCPMV",
         "MiniCPMV4_6ForConditionalGeneration",
         "MiniCPMV4_7ForConditionalGeneration",
         "MiniMaxM3MTP",
@@ -589,11 +593,12 @@ READ: Mapping[str, tuple[str, ...]] = {
         "Qwen4ExpForCausalLM",
         "Qwen4ExpForConditionalGeneration",
         "Qwen4ExpMTP",
-        "TransformersMultiModalMoEForCausalLM",
     ),
     "vLLM does not build it on a CPU or without memory": (
         "DeepseekV32ForCausalLM",
         "DeepseekV32MTPModel",
+        "Dots3NoteForCausalLM",
+        "Dots3NoteMTPModel",
         "GlmMoeDsaForCausalLM",
         "InklingForCausalLM",
         "InklingForConditionalGeneration",
@@ -609,8 +614,6 @@ READ: Mapping[str, tuple[str, ...]] = {
     ),
     "no configuration of it was made": (
         "DFlashLagunaForCausalLM",
-        "Dots3NoteForCausalLM",
-        "Dots3NoteMTPModel",
         "EagleDeepSeekMTPModel",
         "EagleLlama4ForCausalLM",
         "EagleMiniCPMForCausalLM",
@@ -619,12 +622,14 @@ READ: Mapping[str, tuple[str, ...]] = {
         "GlmOcrMTPModel",
         "HfMoondream",
         "K2HorizonForCausalLM",
+        "MiniCPMV",
         "Moondream3ForCausalLM",
         "PanguEmbeddedForCausalLM",
         "Param2MoEForCausalLM",
         "Step3p5MTP",
         "TransformersMoEEmbeddingModel",
         "TransformersMoEForSequenceClassification",
+        "TransformersMultiModalMoEForCausalLM",
     ),
 }
 """Sharded by what its source says, and not constructed: why not."""
@@ -641,9 +646,8 @@ REFUSED: Mapping[str, tuple[str, ...]] = {
     "`OPROJ004`: vLLM finds no number of experts in its configuration, so it runs the ranks as "
     "those of a dense model": ("DbrxForCausalLM",),
     "`OPROJ007`: its attention has no KV cache": (
-        "OpenAIPrivacyFilterForTokenClassification",
         "EmbeddingGemma2Model",
-        "DeepseekV3BidirectionalModel",
+        "OpenAIPrivacyFilterForTokenClassification",
     ),
 }
 """Refused: code and reason."""
