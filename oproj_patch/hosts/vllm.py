@@ -69,11 +69,13 @@ class Vllm(HostPass):
         def model_built(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
             config = inspect.signature(wrapped).bind(*args, **kwargs).arguments["vllm_config"]
             group = otp_group.require("the model")
-            before = set(group.layers)
+            attentions = config.compilation_config.static_forward_context
+            before, known = set(group.layers), set(attentions)
             model = wrapped(*args, **kwargs)
             built = [name for name in group.layers if name not in before]
-            attentions = config.compilation_config.static_forward_context
             sharded.check_model(model, group, built, attentions)
+            own = {name: layer for name, layer in attentions.items() if name not in known}
+            sharded.check_attentions(model, built, own)
             group.main_layers = group.main_layers or len(group.layers)
             group.complete = not self.shards_drafter(config)
             return model
@@ -106,8 +108,12 @@ class Vllm(HostPass):
     def linear_constructed(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
         """Wrap a linear layer's constructor: an o_proj becomes a sharded layer."""
         prefix = inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("prefix", "")
+        owner, owner_prefix = owner_of(instance)
+        if not prefix and owner in sharded.OWNERS:
+            prefix = f"{owner_prefix}.o_proj"
+            kwargs = {**kwargs, "prefix": prefix}
         nested = isinstance(instance, sharded.ShardedMixin)
-        if nested or not sharded.is_o_proj(prefix) or left_whole(prefix):
+        if nested or not sharded.is_o_proj(prefix, owner) or left_whole(prefix):
             wrapped(*args, **kwargs)
             return
         from vllm.distributed import parallel_state
@@ -199,6 +205,20 @@ class Vllm(HostPass):
         otp_group.check_layers(group)
         init_logger("vllm.oproj_patch").info(sharded.summary(group))
         metrics.publish(group)
+
+
+def owner_of(layer: Any) -> tuple[str, str]:
+    """Return class name and prefix of the module whose constructor makes `layer`, or empty ones.
+
+    The class says what the name of the layer does not: what kind of attention it belongs to.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if frame.f_code.co_name == "__init__" and owner is not layer:
+            return type(owner).__name__, str(frame.f_locals.get("prefix") or "")
+        frame = frame.f_back
+    return "", ""
 
 
 def attention_built(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:

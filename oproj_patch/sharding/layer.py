@@ -11,7 +11,7 @@ import functools
 import inspect
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +36,25 @@ _NOT_A_DECODER = re.compile(
     r"vision|visual|image|audio|speech|encoder|tower|projector|resampler|expert|cross_attn"
     r"|(^|\.)(vit|vpm|apm)(\.|$)"
 )
+# Attention modules with a softmax attention and its KV cache whose only row-parallel layer is the
+# output projection. Its name is no evidence: a linear attention has the same one
+# (`self_attn.dense`, `self_attn.out_proj`), or vLLM gives it none (0.11 and before).
+OWNERS = frozenset({
+    "ArcticAttention", "BailingMoeV3MLAAttention", "DbrxAttention", "DeepseekAttention",
+    "Dots1Attention", "InklingAttention", "JambaAttentionDecoderLayer", "Lfm2MoeAttention",
+    "MiniCPM3Attention", "MiniCPMAttention", "Moondream3Attention", "OlmoeAttention",
+    "PhiMoEAttention", "Qwen2MoeAttention",
+})  # fmt: skip
 _log = logging.getLogger("vllm.oproj_patch")  # only loggers below "vllm" have vLLM's handlers
 
 
-def is_o_proj(prefix: str) -> bool:
-    """Tell whether `prefix` names the o_proj of a decoder's self-attention."""
-    return bool(_O_PROJ.search(prefix)) and not _NOT_A_DECODER.search(prefix)
+def is_o_proj(prefix: str, owner: str = "") -> bool:
+    """Tell whether `prefix` names the o_proj of a decoder's self-attention.
+
+    owner: name of the class in whose constructor the layer is made.
+    """
+    named = owner in OWNERS or _O_PROJ.search(prefix)
+    return bool(prefix and named) and not _NOT_A_DECODER.search(prefix)
 
 
 @dataclass
@@ -171,8 +184,8 @@ def check_model(model: Any, group: OtpGroup, built: Sequence[str], attentions: A
     """Check the layers `built` (keys in the group) that were sharded while `model` was built.
 
     attentions: the host's layers by prefix, those with a KV cache among them.
-    Raises OprojError when the process has no sharded layer, or when one of `built` does not
-    belong to a decoder's attention.
+    Raises OprojError when the process has no sharded layer, when one of `built` does not belong
+    to a decoder's attention, or when only some of the decoder's attentions have one.
     """
     if not group.layers:
         raise OprojError(
@@ -183,10 +196,10 @@ def check_model(model: Any, group: OtpGroup, built: Sequence[str], attentions: A
     encoders = ("encoder", "encoder_only")
     for name in built:
         owner = name.partition("#")[0].rpartition(".")[0]
-        inner = [
-            layer for prefix, layer in attentions.items() if f"{prefix}.".startswith(f"{owner}.")
-        ]
-        cached = [layer for layer in inner if hasattr(layer, "kv_cache")]
+        inner = [layer for prefix, layer in attentions.items() if _is_below(prefix, owner)]
+        # A linear attention (Bailing 3) may get its cache only when memory is planned.
+        states = ("kv_cache", "get_state_shape")
+        cached = [layer for layer in inner if any(hasattr(layer, name) for name in states)]
         if all(getattr(layer, "attn_type", None) in encoders for layer in cached):
             raise OprojError(
                 "OPROJ007",
@@ -194,6 +207,40 @@ def check_model(model: Any, group: OtpGroup, built: Sequence[str], attentions: A
                 "it is no decoder's attention (an encoder runs only on the ranks that have an "
                 f"image or a sound to encode): unset {TOGGLE}, and please report the model.",
             )
+
+
+def check_attentions(model: Any, built: Sequence[str], attentions: Mapping[str, Any]) -> None:
+    """Check that every softmax attention of `model` has one sharded o_proj, or that none has.
+
+    built: keys, in the group, of the layers that were sharded while `model` was built;
+    attentions: the host's layers by prefix that were registered meanwhile.
+    Raises OprojError that names an attention without one, or with two.
+    """
+    owners = {name: name.partition("#")[0].rpartition(".")[0] for name in built}
+    for prefix, layer in attentions.items():
+        # Only softmax attentions have an `impl`: those of linear attentions are the layer itself.
+        softmax = hasattr(layer, "impl") and hasattr(layer, "kv_cache")
+        if not built or not softmax or getattr(layer, "attn_type", "decoder") != "decoder":
+            continue
+        own = [name for name, owner in owners.items() if _is_below(prefix, owner)]
+        if len(own) != 1:
+            told = " and ".join(own) if own else f"{built[0]} was, but none"
+            raise OprojError(
+                "OPROJ007",
+                f"{type(model).__name__} is sharded in part: the attention {prefix} must have one "
+                f"sharded output projection, and {told} {'were' if own else 'of its own was'} "
+                f"sharded: this model is not supported in this release; unset {TOGGLE}, and "
+                "please report the model.",
+            )
+
+
+def _is_below(prefix: str, owner: str) -> bool:
+    """Tell whether the host's attention `prefix` belongs to the module `owner`."""
+    # vLLM's Transformers backend names the attention of layer 3 `3.attn` up to 0.28.
+    numbered = re.fullmatch(r"(\d+)\.attn", prefix)
+    if numbered:
+        return f".layers.{numbered[1]}." in f".{owner}."
+    return f"{prefix}.".startswith(f"{owner}.")
 
 
 def settle(group: OtpGroup) -> None:

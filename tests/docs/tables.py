@@ -169,12 +169,24 @@ def savings() -> str:
     return _table(head, rows)
 
 
+def architectures() -> str:
+    """Return what becomes of the o_proj of every architecture that builds experts."""
+    from tests.docs.architectures import CONSTRUCTED, READ, REFUSED
+
+    rows = {name: ("sharded", "constructed by a test") for name in CONSTRUCTED}
+    rows |= {name: ("sharded", f"read: {why}") for why, names in READ.items() for name in names}
+    rows |= {name: ("refused", why) for why, names in REFUSED.items() for name in names}
+    head = ("architecture", "o_proj", "by what, or why not")
+    return _table(head, [(f"`{name}`", *rows[name]) for name in sorted(rows)])
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "seams": seams,
     "refusals": refusals,
     "compat": compat,
     "graphs": graphs,
     "savings": savings,
+    "architectures": architectures,
 }
 
 
