@@ -18,11 +18,12 @@ from typing import Any
 from .. import releases
 from .._version import __version__
 from ..errors import OprojError
-from ..settings import SKIP_VERSION_CHECK, TOGGLE, Settings
+from ..settings import GRID, SKIP_VERSION_CHECK, TOGGLE, Settings
+from ..sharding import grid, metrics, otp_group, topology
 from ..sharding import layer as sharded
-from ..sharding import metrics, otp_group
 from ..sharding.otp_group import Counts, OtpGroup
 from ..sharding.rows import HostPass
+from ..sharding.topology import Grid
 from . import refusals
 from .refusals import of
 from .seam import Seam
@@ -135,6 +136,21 @@ class Vllm(HostPass):
         older = of(config, "compilation_config.max_capture_size")  # up to 0.11.0
         return max(map(int, (*sizes, newer or 0, older or 0)))
 
+    def grid(self, config: Any) -> Grid:
+        """Return the grid of every group: the one that was asked for, or of the fewest bytes.
+
+        `Nx1` where the configuration does not tell the size of an o_proj.
+        """
+        size, text = self.settings.size, of(config, "model_config.hf_text_config")
+        if asked := topology.check_grid(self.settings.grid, size):
+            return asked
+        heads, hidden = of(text, "num_attention_heads"), of(text, "hidden_size")
+        if not isinstance(heads, int) or not isinstance(hidden, int):
+            return Grid(size, 1)
+        width = of(text, "v_head_dim") or of(text, "head_dim") or hidden // heads
+        columns = heads * width // (of(config, "parallel_config.tensor_parallel_size") or 1)
+        return grid.fewest_bytes(size, columns, hidden, of(config, "quant_config"))
+
     def agreed(self, config: Any) -> dict[str, str]:
         """Return what of the host's configuration must be equal on all ranks."""
         sizes = of(config, "compilation_config.cudagraph_capture_sizes") or ()
@@ -144,6 +160,7 @@ class Vllm(HostPass):
             "cudagraph_mode": refusals.graph_mode(config),
             "cudagraph_capture_sizes": str(sorted(sizes)) if self.graph_rows(config) else "",
             "num_speculative_tokens": str(drafted),
+            f"{GRID} of this model": str(self.grid(config)),
         }
 
     def announced(self, group: OtpGroup) -> Counts | None:

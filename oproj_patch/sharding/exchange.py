@@ -1,13 +1,13 @@
 """One step of one layer: decide, dispatch, GEMM, combine.
 
-On a group of N ranks with `T_i` rows on rank i and `K` input columns on each rank (all heads of
-this tensor-parallel rank):
+On a grid of a x b = N ranks with `T_o` rows on rank o and `K` input columns on each rank (all
+heads of this tensor-parallel rank):
 
-    x_i [T_i, K] --dispatch--> [sum(T), K/N] --GEMM--> [sum(T), hidden] --combine--> [T_i, hidden]
+    x_o [T_o, K] --dispatch--> [sum(T), K/a] --GEMM--> [sum(T), H/b] --combine--> [T_o, H]
 
-Dispatch and combine are one all-to-all each, on every backend. The owner of a row adds up its N
-partial results: that sends what a reduce-scatter sends, in one hop, rounds once, and takes
-unequal rows.
+Dispatch and combine are one all-to-all each, on every backend. Rank (i, j) of the grid gets chunk i
+of all rows. The owner of a row adds up a partial results for each of b slices of its outputs: that
+is one hop, rounds once, and takes unequal rows.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ BUFFER_BYTES = 64 << 20
 class Plan(NamedTuple):
     """What is settled about a layer before its first step; equal on all ranks of the group.
 
-    size: N; columns: K; hidden: outputs; element_bytes: of an activation; buffer_bytes: of one
-        shared buffer.
+    size: N; columns: K; hidden: H, outputs of all ranks; element_bytes: of an activation;
+        buffer_bytes: of one shared buffer.
     graph_rows: row count up to which a device graph may be captured (0: no graphs).
     gather_from: rows on every rank from which the weight is gathered; 0: never.
+    outputs: b of the grid.
     """
 
     size: int
@@ -42,6 +43,17 @@ class Plan(NamedTuple):
     graph_rows: int
     gather_from: int
     buffer_bytes: int
+    outputs: int = 1
+
+    @property
+    def chunk(self) -> int:
+        """Input columns of one rank, K/a."""
+        return self.columns * self.outputs // self.size
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that one row on every rank takes in the largest of the buffers."""
+        return self.size * max(self.chunk, self.hidden // self.outputs) * self.element_bytes
 
 
 class Pattern(NamedTuple):
@@ -60,8 +72,7 @@ def decide(counts: Counts, plan: Plan) -> Pattern:
     """
     if max(counts) <= plan.graph_rows:
         return Pattern(False, 1)
-    elements = plan.size * max(counts) * max(plan.columns // plan.size, plan.hidden)
-    parts = max(1, -(-elements * plan.element_bytes // plan.buffer_bytes))
+    parts = max(1, -(-max(counts) * plan.row_bytes // plan.buffer_bytes))
     return Pattern(weight_gather.wins(plan.gather_from, counts), parts)
 
 
@@ -96,11 +107,11 @@ def exchange(layer: Any, x: torch.Tensor, counts: Counts, parts: int = 1) -> tor
 
     rows may be fewer than this rank's count: the rest travels as zeros.
     """
-    group = layer.oproj.group
+    group, plan = layer.oproj.group, layer.oproj.plan
     if parts == 1:
-        partial = layer.oproj.gemm(dispatch(x, counts, group), counts)
-        return combine(partial, counts, group)[: x.shape[0]]
-    output = x.new_empty((x.shape[0], layer.output_size))
+        partial = layer.oproj.gemm(dispatch(x, counts, group, plan), counts)
+        return combine(partial, counts, group, plan)[: x.shape[0]]
+    output = x.new_empty((x.shape[0], plan.hidden))
     for part in range(parts):
         # Every rank cuts every rank's rows in the same places.
         starts = [count * part // parts for count in counts]
@@ -111,36 +122,44 @@ def exchange(layer: Any, x: torch.Tensor, counts: Counts, parts: int = 1) -> tor
     return output
 
 
-def dispatch(x: torch.Tensor, counts: Counts, group: OtpGroup) -> torch.Tensor:
-    """Send x [rows, K] out: returns [sum(counts), K/N], rows ordered by owner, same dtype.
+def dispatch(x: torch.Tensor, counts: Counts, group: OtpGroup, plan: Plan) -> torch.Tensor:
+    """Send x [rows, K] out: returns [sum(counts), K/a], rows ordered by owner, same dtype.
 
     The result is valid until the group's next step.
     """
     n, mine, given = group.size, counts[group.rank], x.shape[0]
-    chunk = x.shape[1] // n
-    send = buffer("dispatch send", (n, mine, chunk), x, group)
-    send[:, :given].copy_(x.view(given, n, chunk).transpose(0, 1))
+    ways, chunk = n // plan.outputs, plan.chunk
+    send = buffer("dispatch send", (ways, plan.outputs, mine, chunk), x, group)
+    send[:, :, :given].copy_(x.view(given, ways, 1, chunk).permute(1, 2, 0, 3))
     if given < mine:
-        send[:, given:].zero_()
+        send[:, :, given:].zero_()
     received = buffer("dispatch receive", (sum(counts), chunk), x, group)
     _all_to_all(received, send.view(n * mine, chunk), counts, (mine,) * n, group)
     return received
 
 
-def combine(partial: torch.Tensor, counts: Counts, group: OtpGroup) -> torch.Tensor:
-    """Send partial [sum(counts), hidden] back: returns [T_i, hidden], summed over the group."""
-    n, mine, hidden = group.size, counts[group.rank], partial.shape[1]
-    received = buffer("combine receive", (n, mine, hidden), partial, group)
-    flat = received.view(n * mine, hidden)
+def combine(partial: torch.Tensor, counts: Counts, group: OtpGroup, plan: Plan) -> torch.Tensor:
+    """Send partial [sum(counts), H/b] back: returns [T_o, H], summed over the group."""
+    n, mine, width = group.size, counts[group.rank], partial.shape[1]
+    received = buffer("combine receive", (n, mine, width), partial, group)
+    flat = received.view(n * mine, width)
     _all_to_all(flat, partial.contiguous(), (mine,) * n, counts, group)
-    return add_up(received)
+    return add_up(received, plan.outputs)
 
 
-def add_up(parts: torch.Tensor) -> torch.Tensor:
-    """Sum parts [N, rows, hidden] over N in one kernel that rounds once."""
-    if parts.shape[0] == 2:
-        return torch.add(parts[0], parts[1])
-    return parts.sum(0)  # torch accumulates 16-bit types in float32
+def add_up(parts: torch.Tensor, outputs: int = 1) -> torch.Tensor:
+    """Sum parts [a*b, rows, H/b] over a in one kernel that rounds once: returns [rows, H].
+
+    outputs: b.
+    """
+    n, rows, width = parts.shape
+    parts = parts.view(n // outputs, outputs, rows, width).transpose(1, 2)
+    if n == 2 * outputs:
+        total = parts.new_empty(parts.shape[1:])
+        torch.add(parts[0], parts[1], out=total)
+    else:
+        total = parts.sum(0)  # torch accumulates 16-bit types in float32
+    return total.view(rows, outputs * width)
 
 
 def buffer(role: str, shape: tuple[int, ...], like: torch.Tensor, group: OtpGroup) -> torch.Tensor:
@@ -162,13 +181,11 @@ def reserve(group: OtpGroup, like: torch.Tensor) -> None:
     n = group.size
     for layer in group.layers.values():
         plan = layer.oproj.plan
-        chunk = plan.columns // n
-        a_row = n * max(chunk, plan.hidden) * plan.element_bytes
         # Rows cannot be cut, so a part may have one row more than its share.
-        most = max(plan.graph_rows, plan.buffer_bytes // a_row + 1)
-        buffer("dispatch send", (n, most, chunk), like, group)
-        buffer("dispatch receive", (n * most, chunk), like, group)
-        buffer("combine receive", (n, most, plan.hidden), like, group)
+        most = max(plan.graph_rows, plan.buffer_bytes // plan.row_bytes + 1)
+        buffer("dispatch send", (n, most, plan.chunk), like, group)
+        buffer("dispatch receive", (n * most, plan.chunk), like, group)
+        buffer("combine receive", (n, most, plan.hidden // plan.outputs), like, group)
 
 
 def run_traced(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -176,16 +193,20 @@ def run_traced(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
     x [T, K] -> [T, hidden]; every rank of the group has T rows.
     """
-    group = layer.oproj.group
-    n, hidden = group.size, layer.output_size
-    count, columns = x.shape
-    send = x.view(count, n, columns // n).transpose(0, 1).reshape(n * count, columns // n)
+    group, (a, b) = layer.oproj.group, layer.oproj.grid
+    count, hidden = x.shape[0], layer.oproj.hidden
+    chunk = x.shape[1] // a
+    send = x.view(count, a, chunk).transpose(0, 1)
+    send = send.unsqueeze(1).expand(a, b, count, chunk) if b > 1 else send
+    send = send.reshape(a * b * count, chunk)
     received = torch.empty_like(send)
     dist.all_to_all_single(received, send, group=group.device_group)
     partial = layer.oproj.gemm_traced(received)
     back = torch.empty_like(partial)
     dist.all_to_all_single(back, partial, group=group.device_group)
-    return back.view(n, count, hidden).sum(0, dtype=torch.float32).to(partial.dtype)
+    parts = back.view(a, b, count, hidden // b)
+    parts = parts.transpose(1, 2) if b > 1 else parts
+    return parts.sum(0, dtype=torch.float32).to(partial.dtype).view(count, hidden)
 
 
 def _all_to_all(

@@ -23,7 +23,7 @@ def publish(group: OtpGroup) -> None:
     try:
         gauges = _gauges() if os.environ.get("PROMETHEUS_MULTIPROC_DIR") else {}
         for gauge, value in zip(gauges.values(), values, strict=False):
-            gauge.labels(str(group.ranks[group.rank])).set(value)
+            gauge.labels(str(group.ranks[group.rank]), str(group.grid)).set(value)
     except (OSError, ValueError) as error:  # the others would wait for a rank that ends for this
         _log.warning("oproj_patch publishes no metrics here: %s", error)
 
@@ -37,7 +37,7 @@ def _gauges() -> dict[str, Any]:
         return {}
     # `rank` tells the workers apart, so the maximum over processes is each worker's own value.
     return {
-        name: Gauge(f"oproj_patch_{name}", text, ["rank"], multiprocess_mode="max")
+        name: Gauge(f"oproj_patch_{name}", text, ["rank", "grid"], multiprocess_mode="max")
         for name, text in (
             ("group_size", "Ranks that share one o_proj weight."),
             ("layers", "Sharded o_proj layers."),
