@@ -20,7 +20,8 @@ SKIP_VERSION_CHECK = "OPROJ_PATCH_SKIP_VERSION_CHECK"
 HANDSHAKE_SECONDS = "OPROJ_PATCH_HANDSHAKE_SECONDS"
 WEIGHT_GATHER_ROWS = "OPROJ_WEIGHT_GATHER_ROWS"
 GRID = "OPROJ_GRID"
-VARIABLES = (TOGGLE, DEBUG, SKIP_VERSION_CHECK, HANDSHAKE_SECONDS, WEIGHT_GATHER_ROWS, GRID)
+WIRE = "OPROJ_WIRE"
+VARIABLES = (TOGGLE, DEBUG, SKIP_VERSION_CHECK, HANDSHAKE_SECONDS, WEIGHT_GATHER_ROWS, GRID, WIRE)
 """Every variable the package reads; launchers must carry them to the workers."""
 CONFIG_KEY = "oproj_patch"  # in vLLM's `additional_config`
 
@@ -37,6 +38,8 @@ class Settings:
     weight_gather_rows: rows on every rank from which weights are gathered instead of rows
         dispatched; 0 never; None where a gather moves fewer bytes.
     grid: `AxB`, either number may be N; auto: the one with the fewest bytes.
+    wire: auto: rows travel in 8 bits where the layer's own quantization can move to the sender;
+        off: always in the model's type.
     """
 
     size: int = 0
@@ -46,6 +49,7 @@ class Settings:
     handshake_seconds: float = 60.0
     weight_gather_rows: int | None = None
     grid: str = "auto"
+    wire: str = "auto"
 
     @property
     def enabled(self) -> bool:
@@ -58,6 +62,7 @@ class Settings:
             DEBUG: str(int(self.debug)),
             WEIGHT_GATHER_ROWS: str(self.weight_gather_rows),
             GRID: self.grid,
+            WIRE: self.wire,
         }
 
 
@@ -95,6 +100,10 @@ def _grid(value: Any) -> str:
     return str(value)
 
 
+def _wire(value: Any) -> str:
+    return {"auto": "auto", "off": "off"}[value]
+
+
 def _flag(value: Any) -> bool:
     text = str(int(value)) if isinstance(value, bool) else str(value)
     return {"0": False, "1": True}[text]
@@ -113,6 +122,7 @@ _OPTIONS = (
     _Option("weight_gather_rows", WEIGHT_GATHER_ROWS, _rows,
             "are 0 (never gather weights) and a number of rows: set one"),
     _Option("grid", GRID, _grid, "are auto, Nx1 and two numbers such as 4x2: set one"),
+    _Option("wire", WIRE, _wire, "are auto and off: set one"),
 )  # fmt: skip
 
 

@@ -149,7 +149,13 @@ class Vllm(HostPass):
             return Grid(size, 1)
         width = of(text, "v_head_dim") or of(text, "head_dim") or hidden // heads
         columns = heads * width // (of(config, "parallel_config.tensor_parallel_size") or 1)
-        return grid.fewest_bytes(size, columns, hidden, of(config, "quant_config"))
+        quant_config = of(config, "quant_config")
+        wire_bytes = self.wire_bytes(config) if self.settings.wire == "auto" else None
+        return grid.fewest_bytes(size, columns, hidden, quant_config, wire_bytes)
+
+    def wire_bytes(self, config: Any) -> int | None:
+        """Return the bytes of an element on the way out where it is not the model's type."""
+        return None
 
     def agreed(self, config: Any) -> dict[str, str]:
         """Return what of the host's configuration must be equal on all ranks."""

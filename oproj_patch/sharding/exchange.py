@@ -33,7 +33,7 @@ class Plan(NamedTuple):
         buffer_bytes: of one shared buffer.
     graph_rows: row count up to which a device graph may be captured (0: no graphs).
     gather_from: rows on every rank from which the weight is gathered; 0: never.
-    outputs: b of the grid.
+    outputs: b of the grid; wire_bytes: of an element on the way out, if not `element_bytes`.
     """
 
     size: int
@@ -44,6 +44,7 @@ class Plan(NamedTuple):
     gather_from: int
     buffer_bytes: int
     outputs: int = 1
+    wire_bytes: int = 0
 
     @property
     def chunk(self) -> int:
@@ -53,7 +54,8 @@ class Plan(NamedTuple):
     @property
     def row_bytes(self) -> int:
         """Bytes that one row on every rank takes in the largest of the buffers."""
-        return self.size * max(self.chunk, self.hidden // self.outputs) * self.element_bytes
+        out = self.chunk * (self.wire_bytes or self.element_bytes)
+        return self.size * max(out, self.hidden // self.outputs * self.element_bytes)
 
 
 class Pattern(NamedTuple):
@@ -107,9 +109,10 @@ def exchange(layer: Any, x: torch.Tensor, counts: Counts, parts: int = 1) -> tor
 
     rows may be fewer than this rank's count: the rest travels as zeros.
     """
-    group, plan = layer.oproj.group, layer.oproj.plan
+    shard, group, plan = layer.oproj, layer.oproj.group, layer.oproj.plan
     if parts == 1:
-        partial = layer.oproj.gemm(dispatch(x, counts, group, plan), counts)
+        sent = narrowed(x, shard.quantizer, plan)
+        partial = shard.gemm(dispatch(sent, counts, group, plan), counts)
         return combine(partial, counts, group, plan)[: x.shape[0]]
     output = x.new_empty((x.shape[0], plan.hidden))
     for part in range(parts):
@@ -120,6 +123,15 @@ def exchange(layer: Any, x: torch.Tensor, counts: Counts, parts: int = 1) -> tor
         own = slice(starts[group.rank], ends[group.rank])
         output[own] = exchange(layer, x[own], some)
     return output
+
+
+def narrowed(x: torch.Tensor, quantizer: rows.Quantizer | None, plan: Plan) -> torch.Tensor:
+    """Return x [rows, K] as it travels: where there is a quantizer, in int8."""
+    if quantizer is None:
+        return x
+    if not x.shape[0]:
+        return x.to(torch.int8)
+    return quantizer(x.reshape(-1, plan.chunk)).view(x.shape)
 
 
 def dispatch(x: torch.Tensor, counts: Counts, group: OtpGroup, plan: Plan) -> torch.Tensor:
@@ -183,8 +195,9 @@ def reserve(group: OtpGroup, like: torch.Tensor) -> None:
         plan = layer.oproj.plan
         # Rows cannot be cut, so a part may have one row more than its share.
         most = max(plan.graph_rows, plan.buffer_bytes // plan.row_bytes + 1)
-        buffer("dispatch send", (n, most, plan.chunk), like, group)
-        buffer("dispatch receive", (n * most, plan.chunk), like, group)
+        sent = like[:0].to(torch.int8) if plan.wire_bytes == 1 else like
+        buffer("dispatch send", (n, most, plan.chunk), sent, group)
+        buffer("dispatch receive", (n * most, plan.chunk), sent, group)
         buffer("combine receive", (n, most, plan.hidden // plan.outputs), like, group)
 
 

@@ -23,7 +23,7 @@ from ..errors import OprojError, OprojValueError
 from ..settings import GRID, TOGGLE
 from . import exchange, grid, otp_group, weight_gather
 from .otp_group import Counts, LayerScope, LayerTPGroup, OtpGroup
-from .rows import HostPass
+from .rows import HostPass, Quantizer
 from .topology import Grid
 
 # A decoder's self-attention output projection, by vLLM's naming of layers ("prefix"). Not matched:
@@ -55,6 +55,7 @@ class Shard:
     grid: the layer's; hidden: its outputs on all ranks; whole: why it is not the group's grid.
     tp: what the host sees as the tensor-parallel group of the layer.
     plan: see `exchange.Plan`; None before the first step.
+    quantizer: what the owner of rows quantizes them with before the way out, if it does.
     cut: of the parameters that are cut, by name, into how many parts on the group's ranks.
     kept, saved: bytes of the parameters on this rank, and what the unsharded layer had more.
     description: what must be equal on all ranks.
@@ -76,6 +77,7 @@ class Shard:
     whole: str
     tp: LayerTPGroup
     plan: exchange.Plan | None = None
+    quantizer: Quantizer | None = None
     cut: dict[str, int] = field(default_factory=dict)
     kept: int = 0
     saved: int = 0
@@ -223,11 +225,13 @@ def settle(group: OtpGroup) -> None:
             continue
         if all(p.numel() for p in layer.parameters(recurse=False)):  # a CPU empties what it packs
             _measure(layer)
+        if group.settings.wire == "auto":
+            shard.quantizer = shard.host.quantizer(layer)
         least = weight_gather.threshold(layer, group)
         plan = exchange.Plan(
             group.size, layer.input_size_per_partition * shard.grid.inputs, shard.hidden,
             layer.params_dtype.itemsize, group.graph_rows, least, exchange.BUFFER_BYTES,
-            shard.grid.outputs,
+            shard.grid.outputs, 1 if shard.quantizer else layer.params_dtype.itemsize,
         )  # fmt: skip
         room = max(plan.buffer_bytes, group.graph_rows * plan.row_bytes)
         shard.plan = plan._replace(buffer_bytes=room)
@@ -242,8 +246,11 @@ def summary(group: OtpGroup) -> str:
     """Return the one line that a worker logs."""
     kept, saved = group.totals()
     gib = 1 << 30
-    others = [s for layer in group.layers.values() if (s := layer.oproj).whole]
+    shards = [layer.oproj for layer in group.layers.values()]
+    others = [shard for shard in shards if shard.whole]
     told = f" ({len(others)} layers {others[0].grid}: {others[0].whole})" if others else ""
+    if narrow := sum(shard.quantizer is not None for shard in shards):
+        told += f"; {narrow} layers send rows in 8 bits"
     return (
         f"oproj_patch {__version__}: o_proj sharded {group.size}-way over ranks {group.ranks}: "
         f"{len(group.layers)} layers, {(kept + saved) / gib:.3f} GiB -> {kept / gib:.3f} GiB on "

@@ -120,7 +120,47 @@ def test_w8a8_static_with_a_stand_in_for_npu_quant_matmul(here: Here) -> None:
         layer, error, scale = _quantized(here.config, "W8A8", 10, shape, outputs)
         # Integers are exact; what differs is the rounding of two bfloat16 partial results.
         assert error <= (8e-3 * scale if outputs == 1 else 0)
+        _same_in_both_wires(layer, here.config)
     assert type(layer.quant_method.quant_method).__name__ == "AscendW8A8LinearMethod"
+
+
+def _same_in_both_wires(layer: Any, config: Any) -> None:
+    """The owner's int8 rows give the same bits as rows that the receiver quantizes: also no rows.
+
+    Bytes are counted at the collectives, the kernel that quantizes by its calls.
+    """
+    import torch_npu
+
+    from oproj_patch.sharding import exchange
+
+    shard, mine = layer.oproj, config.parallel_config.data_parallel_rank
+    sent: list[int] = []
+    quantized: list[int] = []
+    send, quantize = exchange._all_to_all, torch_npu.npu_quantize
+
+    def counted(output: Any, input_: torch.Tensor, *given: Any) -> None:
+        sent.append(input_.nbytes)
+        send(output, input_, *given)
+
+    def told(rows: torch.Tensor, *given: Any) -> torch.Tensor:
+        quantized.append(rows.numel())
+        return quantize(rows, *given)
+
+    (a, b), plan = shard.grid, shard.plan
+    assert (plan.wire_bytes, plan.element_bytes) == (1, 2)
+    with changed(exchange, "_all_to_all", counted), changed(torch_npu, "npu_quantize", told):
+        for counts in ([3, 5], [0, 4], [2, 2]):
+            x = whole(counts[mine], 256, torch.bfloat16, seed=80 + mine) * 4
+            with torch.inference_mode():
+                narrow = exchange.exchange(layer, x, tuple(counts))
+                with changed(shard, "quantizer", None):
+                    wide = exchange.exchange(layer, x, tuple(counts))
+            assert torch.equal(narrow, wide) and narrow.dtype == torch.bfloat16
+            rows, chunk, back = counts[mine], 256 // a, sum(counts) * 32 // b * 2
+            assert sent == [2 * rows * chunk, back, 2 * rows * chunk * 2, back]
+            assert quantized == [rows * 256] * bool(rows) + [sum(counts) * chunk]
+            sent.clear()
+            quantized.clear()
 
 
 @part()

@@ -159,6 +159,7 @@ ENVIRON = {settings.TOGGLE: "4", settings.DEBUG: "1"}
         ("4", {"handshake_seconds": 5}, Settings(4, handshake_seconds=5)),
         ("4", {"weight_gather_rows": 0}, Settings(4, weight_gather_rows=0)),
         ("4", {"grid": "2x2"}, Settings(4, grid="2x2")),
+        ("4", {"wire": "off"}, Settings(4, wire="off")),
         ("4", {"grid": "Nx1"}, Settings(4, grid="Nx1")),
         ("4", {"skip_version_check": 1}, Settings(4, skip_version_check=True)),
     ],
@@ -193,6 +194,10 @@ def test_a_variable_and_a_key_that_are_equal_are_accepted() -> None:
         ({"debug": 1.0}, "additional_config.oproj_patch.debug is 1.0; accepted are 0 and 1"),
         ({"handshake_seconds": [5]}, "oproj_patch.handshake_seconds is [5]; accepted is a number"),
         ({"weight_gather_rows": -1}, "oproj_patch.weight_gather_rows is -1; accepted are 0 (never"),
+        (
+            {"wire": "int4"},
+            "oproj_patch.wire is 'int4'; accepted are auto and off: set one or unset",
+        ),
         ({"grid": "2 x 2"}, "oproj_patch.grid is '2 x 2'; accepted are auto, Nx1 and two numbers"),
         (
             {"grid": 4},

@@ -27,7 +27,10 @@ def o_proj(columns: int, hidden: int, ranks: int, weight: Any) -> tuple[Any, Any
         input_size_per_partition=columns // ranks,
         params_dtype=torch.bfloat16,
         oproj=SimpleNamespace(
-            saved=columns // ranks * hidden * 2 * (ranks - 1), hidden=hidden, grid=Grid(ranks, 1)
+            saved=columns // ranks * hidden * 2 * (ranks - 1),
+            hidden=hidden,
+            grid=Grid(ranks, 1),
+            quantizer=None,
         ),
     )
     return layer, SimpleNamespace(size=ranks, graph_rows=0, settings=Settings(size=ranks))
