@@ -12,6 +12,7 @@ is one hop, rounds once, and takes unequal rows.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from typing import Any, NamedTuple
@@ -22,8 +23,11 @@ import torch.distributed as dist
 from . import diagnosis, rows, weight_gather
 from .otp_group import CollectiveError, Counts, OtpGroup
 
-BUFFER_BYTES = 64 << 20
-"""Of each of the three shared buffers; a step with more rows is cut into parts."""
+BUFFER_BYTES = 8 << 20
+"""Of each shared buffer in a step with more rows, which is cut into parts.
+
+There are three in each of two lanes. Two or three parts are under way at once, so a part is small.
+"""
 
 
 class Plan(NamedTuple):
@@ -107,22 +111,58 @@ def run(layer: Any, x: torch.Tensor) -> torch.Tensor:
 def exchange(layer: Any, x: torch.Tensor, counts: Counts, parts: int = 1) -> torch.Tensor:
     """Dispatch, multiply, combine: x [rows, K] -> [rows, hidden], in `parts` parts.
 
-    rows may be fewer than this rank's count: the rest travels as zeros.
+    rows may be fewer than this rank's count: the rest travels as zeros. While a part is
+    multiplied, the next one is on its way out and the last one on its way back.
     """
     shard, group, plan = layer.oproj, layer.oproj.group, layer.oproj.plan
     if parts == 1:
         sent = narrowed(x, shard.quantizer, plan)
-        partial = shard.gemm(dispatch(sent, counts, group, plan), counts)
-        return combine(partial, counts, group, plan)[: x.shape[0]]
+        partial = shard.gemm(dispatch(sent, counts, group, plan).wait(), counts)
+        return add_up(combine(partial, counts, group).wait(), plan.outputs)[: x.shape[0]]
+    # Every rank cuts every rank's rows in the same places.
+    cuts = [tuple(count * part // parts for count in counts) for part in range(parts + 1)]
+    some = [tuple(e - s for s, e in zip(*ends, strict=True)) for ends in itertools.pairwise(cuts)]
+    own = [slice(*ends) for ends in itertools.pairwise(cut[group.rank] for cut in cuts)]
     output = x.new_empty((x.shape[0], plan.hidden))
+
+    def leave(part: int) -> Arriving:
+        sent = narrowed(x[own[part]], shard.quantizer, plan)
+        return dispatch(sent, some[part], group, plan, part % 2)
+
+    def finish(part: int, back: Arriving) -> None:
+        mine = output[own[part]]
+        mine.copy_(add_up(back.wait(), plan.outputs)[: mine.shape[0]])
+
+    # The collectives of all ranks begin in this order: out 0, out 1, back 0, out 2, back 1, ...
+    out, back = leave(0), None
     for part in range(parts):
-        # Every rank cuts every rank's rows in the same places.
-        starts = [count * part // parts for count in counts]
-        ends = [count * (part + 1) // parts for count in counts]
-        some = tuple(end - start for start, end in zip(starts, ends, strict=True))
-        own = slice(starts[group.rank], ends[group.rank])
-        output[own] = exchange(layer, x[own], some)
+        arrived = out.wait()
+        if part + 1 < parts:
+            out = leave(part + 1)
+        partial = shard.gemm(arrived, some[part])
+        before, back = back, combine(partial, some[part], group, part % 2)
+        if before is not None:
+            finish(part - 1, before)
+    assert back is not None
+    finish(parts - 1, back)
     return output
+
+
+class Arriving(NamedTuple):
+    """Rows on their way, and torch's handle of the collective; None: they are there."""
+
+    rows: torch.Tensor
+    sent: torch.Tensor
+    work: Any
+
+    def wait(self) -> torch.Tensor:
+        """Return the rows when they have arrived. Raises CollectiveError."""
+        try:
+            if self.work is not None:
+                self.work.wait()
+        except RuntimeError as error:
+            raise CollectiveError(str(error)) from error
+        return self.rows
 
 
 def narrowed(x: torch.Tensor, quantizer: rows.Quantizer | None, plan: Plan) -> torch.Tensor:
@@ -134,29 +174,35 @@ def narrowed(x: torch.Tensor, quantizer: rows.Quantizer | None, plan: Plan) -> t
     return quantizer(x.reshape(-1, plan.chunk)).view(x.shape)
 
 
-def dispatch(x: torch.Tensor, counts: Counts, group: OtpGroup, plan: Plan) -> torch.Tensor:
-    """Send x [rows, K] out: returns [sum(counts), K/a], rows ordered by owner, same dtype.
+def dispatch(
+    x: torch.Tensor, counts: Counts, group: OtpGroup, plan: Plan, lane: int | None = None
+) -> Arriving:
+    """Send x [rows, K] out: [sum(counts), K/a] arrives, rows ordered by owner, same dtype.
 
-    The result is valid until the group's next step.
+    lane: which buffers a part of a step uses; None: of the whole step, which waits for the rows.
+    The result is valid until the lane's next part, or the group's next step.
     """
     n, mine, given = group.size, counts[group.rank], x.shape[0]
     ways, chunk = n // plan.outputs, plan.chunk
-    send = buffer("dispatch send", (ways, plan.outputs, mine, chunk), x, group)
+    send = buffer("dispatch send", (ways, plan.outputs, mine, chunk), x, group, lane)
     send[:, :, :given].copy_(x.view(given, ways, 1, chunk).permute(1, 2, 0, 3))
     if given < mine:
         send[:, :, given:].zero_()
-    received = buffer("dispatch receive", (sum(counts), chunk), x, group)
-    _all_to_all(received, send.view(n * mine, chunk), counts, (mine,) * n, group)
-    return received
+    received = buffer("dispatch receive", (sum(counts), chunk), x, group, lane)
+    flat = send.view(n * mine, chunk)
+    work = _all_to_all(received, flat, counts, (mine,) * n, group, lane is not None)
+    return Arriving(received, flat, work)
 
 
-def combine(partial: torch.Tensor, counts: Counts, group: OtpGroup, plan: Plan) -> torch.Tensor:
-    """Send partial [sum(counts), H/b] back: returns [T_o, H], summed over the group."""
+def combine(
+    partial: torch.Tensor, counts: Counts, group: OtpGroup, lane: int | None = None
+) -> Arriving:
+    """Send partial [sum(counts), H/b] back: [N, T_o, H/b] arrives; see `dispatch`."""
     n, mine, width = group.size, counts[group.rank], partial.shape[1]
-    received = buffer("combine receive", (n, mine, width), partial, group)
-    flat = received.view(n * mine, width)
-    _all_to_all(flat, partial.contiguous(), (mine,) * n, counts, group)
-    return add_up(received, plan.outputs)
+    received = buffer("combine receive", (n, mine, width), partial, group, lane)
+    flat, partial = received.view(n * mine, width), partial.contiguous()
+    work = _all_to_all(flat, partial, (mine,) * n, counts, group, lane is not None)
+    return Arriving(received, partial, work)
 
 
 def add_up(parts: torch.Tensor, outputs: int = 1) -> torch.Tensor:
@@ -174,19 +220,22 @@ def add_up(parts: torch.Tensor, outputs: int = 1) -> torch.Tensor:
     return total.view(rows, outputs * width)
 
 
-def buffer(role: str, shape: tuple[int, ...], like: torch.Tensor, group: OtpGroup) -> torch.Tensor:
+def buffer(
+    role: str, shape: tuple[int, ...], like: torch.Tensor, group: OtpGroup, lane: int | None = None
+) -> torch.Tensor:
     """Return uninitialized memory of `like`'s dtype and device, shared by all layers.
 
     A graph replays on the same addresses; `reserve` makes it large enough before the first capture.
     """
     size = math.prod(shape)
-    return group.memory((role, like.dtype), size, like.dtype, like.device)[:size].view(shape)
+    key = role, like.dtype, lane or 0
+    return group.memory(key, size, like.dtype, like.device)[:size].view(shape)
 
 
 def reserve(group: OtpGroup, like: torch.Tensor) -> None:
-    """Allocate the three buffers, typed `like` the activations, for the largest step.
+    """Allocate the buffers, typed `like` the activations, for the largest step.
 
-    That is a captured one, or a whole part of a step that is cut.
+    That is a captured one, which uses the first lane, or two parts of a step that is cut.
     """
     if not group.graph_rows:
         return
@@ -194,11 +243,12 @@ def reserve(group: OtpGroup, like: torch.Tensor) -> None:
     for layer in group.layers.values():
         plan = layer.oproj.plan
         # Rows cannot be cut, so a part may have one row more than its share.
-        most = max(plan.graph_rows, plan.buffer_bytes // plan.row_bytes + 1)
+        part = plan.buffer_bytes // plan.row_bytes + 1
         sent = like[:0].to(torch.int8) if plan.wire_bytes == 1 else like
-        buffer("dispatch send", (n, most, plan.chunk), sent, group)
-        buffer("dispatch receive", (n * most, plan.chunk), sent, group)
-        buffer("combine receive", (n, most, plan.hidden // plan.outputs), like, group)
+        for lane, most in enumerate((max(plan.graph_rows, part), part)):
+            buffer("dispatch send", (n, most, plan.chunk), sent, group, lane)
+            buffer("dispatch receive", (n * most, plan.chunk), sent, group, lane)
+            buffer("combine receive", (n, most, plan.hidden // plan.outputs), like, group, lane)
 
 
 def run_traced(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -224,13 +274,16 @@ def run_traced(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _all_to_all(
     output: torch.Tensor, input_: torch.Tensor, output_rows: Counts, input_rows: Counts,
-    group: OtpGroup,
-) -> None:  # fmt: skip
+    group: OtpGroup, later: bool,
+) -> Any:  # fmt: skip
+    """Exchange rows; later: begin only, and return what to wait for."""
     equal = output_rows == input_rows and len(set(output_rows)) == 1
     # The form without splits is the one that a device graph can capture.
     splits = () if equal else (list(output_rows), list(input_rows))
     try:
-        dist.all_to_all_single(output, input_, *splits, group=group.device_group)
+        return dist.all_to_all_single(
+            output, input_, *splits, group=group.device_group, async_op=later
+        )
     except RuntimeError as error:
         raise CollectiveError(str(error)) from error
 

@@ -228,13 +228,11 @@ def settle(group: OtpGroup) -> None:
         if group.settings.wire == "auto":
             shard.quantizer = shard.host.quantizer(layer)
         least = weight_gather.threshold(layer, group)
-        plan = exchange.Plan(
+        shard.plan = exchange.Plan(
             group.size, layer.input_size_per_partition * shard.grid.inputs, shard.hidden,
             layer.params_dtype.itemsize, group.graph_rows, least, exchange.BUFFER_BYTES,
             shard.grid.outputs, 1 if shard.quantizer else layer.params_dtype.itemsize,
         )  # fmt: skip
-        room = max(plan.buffer_bytes, group.graph_rows * plan.row_bytes)
-        shard.plan = plan._replace(buffer_bytes=room)
         # Ranks that gather different things would wait for each other for ever.
         pieces = weight_gather.pieces(layer) if least else {}
         shapes = {name: tuple(tensor.shape) for name, tensor in pieces.items()}
