@@ -60,18 +60,20 @@ def of_layer(given: Mapping[str, Any], group: OtpGroup) -> tuple[Grid, str]:
     name, columns, hidden = given["prefix"], given["input_size"], given["output_size"]
     if not asked or grid == plain:
         topology.check_divisible(name, columns, group.tp_size, group.size)
-    inputs, outputs = blocks(given["quant_config"])
+    inputs, outputs = blocks(given.get("quant_config"))
     wanted, why = grid, ""
     if not asked:
-        if given["quant_config"] is not None:
+        if given.get("quant_config") is not None:
             outputs = math.lcm(outputs, QUANTIZED_OUTPUTS)
         if grid == plain:  # perhaps because of these blocks
             wanted = topology.choose_grid(group.size, columns // group.tp_size, hidden, 2)
-    if wanted != plain and given["bias"] and given["skip_bias_add"]:
+    if wanted == plain:
+        return plain, ""
+    if given.get("bias") and given.get("skip_bias_add"):
         why = "the host adds its whole bias itself"
     elif columns % (group.tp_size * wanted.inputs * inputs) or hidden % (wanted.outputs * outputs):
         why = f"{columns} columns and {hidden} outputs in blocks of {inputs} and {outputs}"
-    if why and asked and grid != plain:
+    if why and asked:
         raise OprojValueError(
             "OPROJ005",
             f"{GRID} is {grid}, which does not cut {name} on {group.tp_size} tensor-parallel ranks "
