@@ -152,13 +152,16 @@ def construct(
     except OprojError:
         raise
     except Exception as error:
-        ways = group.tp_size * own.inputs
+        parts = f"{group.tp_size * own.inputs} parts of {columns} input columns"
+        remedy = "choose a smaller group size"
+        if own.outputs > 1:
+            parts += f" and {own.outputs} of {hidden} outputs"
+            remedy = f"set {GRID}=Nx1"
         raise OprojValueError(
             "OPROJ006",
-            f"{TOGGLE} is {group.size}, and vLLM cannot build {prefix} as one of {ways} parts of "
-            f"{columns} input columns and one of {own.outputs} of {hidden} outputs "
+            f"{TOGGLE} is {group.size}, and vLLM cannot build {prefix} as one of {parts} "
             f"({type(error).__name__}: {error}): if vLLM builds this model with the variable "
-            f"unset, choose a smaller group size, set {GRID}=Nx1, or report the model.",
+            f"unset, {remedy} or report the model.",
         ) from error
     layer.output_size = hidden  # what the layer returns; its part is output_size_per_partition
     grid.check_blocks(layer)
