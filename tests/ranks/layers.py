@@ -49,7 +49,7 @@ def world() -> Iterator[None]:
     parallel_state.init_distributed_environment(
         world_size=int(os.environ["WORLD_SIZE"]),
         rank=rank,
-        distributed_init_method="tcp://127.0.0.1:" + os.environ["MASTER_PORT"],
+        distributed_init_method="tcp://{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ),
         local_rank=rank,
         backend="gloo",
     )
