@@ -99,7 +99,7 @@ def join_bridge(rank: int, rate: str) -> None:
     _run(f"ip link set {port} master switch up")
     _system_call("setns", own, CLONE_NEWNET)
     _run(f"ip addr add {NETWORK}.{rank + 1}/24 dev eth0")
-    _run(f"tc qdisc add dev eth0 root tbf rate {rate} burst {BURST} latency 50ms")
+    _run(f"tc qdisc add dev eth0 root tbf rate {rate} burst {BURST} latency 200ms")
     _run("ip link set eth0 up")
     _run("ip link set lo up")
 
