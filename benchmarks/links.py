@@ -56,9 +56,33 @@ class Contender(NamedTuple):
         return " ".join(filter(None, self))
 
 
-def contenders(ranks: int) -> list[Contender]:
+def contenders(ranks: int, wires: Sequence[str]) -> list[Contender]:
     """What takes turns: the rows layout, with which the others are compared, first."""
-    return [Contender(ROWS_LAYOUT, f"{ranks}x1", "off"), Contender("builtin")]
+    from oproj_patch.sharding import topology
+
+    plain, *grids = topology.grids(ranks)
+    chosen = [Contender(ROWS_LAYOUT, str(plain), "off"), Contender("builtin")]
+    for wire in wires:
+        offered = grids if wire == "off" else [plain, *grids]
+        chosen += [Contender("grid", str(grid), wire) for grid in offered]
+    return chosen
+
+
+def formula(one: Contender, ranks: int, columns: int, hidden: int, dtype: str) -> int:
+    """Bytes that a rank sends for each row of its own, as the package and `plan` compute them."""
+    from oproj_patch.sharding import topology
+
+    a, b = map(int, (one.grid or f"{ranks}x1").split("x"))
+    narrow = {} if one.wire in ("", "off") else {"wire_bytes": 1, "scale_bytes": 4}
+    element = {"bfloat16": 2, "float32": 4}[dtype]
+    return topology.step_bytes(ranks, columns // a, hidden // b, element, **narrow)
+
+
+def chosen_by_auto(ranks: int, columns: int, hidden: int) -> str:
+    """The grid that the package takes by itself for this layer, which is not quantized."""
+    from oproj_patch.sharding import topology
+
+    return str(topology.choose_grid(ranks, columns, hidden, 2))
 
 
 def bytes_per_second(rate: str) -> float:
@@ -166,7 +190,9 @@ def _ours(contender: Contender, columns: int, hidden: int, gemm: bool) -> Callab
     from tests.ranks import layers
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    wanted = {"OPROJ_WEIGHT_GATHER_ROWS": "0"}
+    wanted = {"OPROJ_WEIGHT_GATHER_ROWS": "0", "OPROJ_GRID": contender.grid}
+    if contender.wire != "off":
+        wanted["OPROJ_WIRE"] = contender.wire
     with mock.patch.dict(os.environ, wanted):
         oproj_patch.enable(ranks)
         with layers.model_groups(ranks) as config:
@@ -174,6 +200,7 @@ def _ours(contender: Contender, columns: int, hidden: int, gemm: bool) -> Callab
             # What happens once only, such as the comparison of layers, is not measured.
             with o_proj._forward_context(config, rank, [1] * ranks):
                 layer(torch.randn(1, columns))
+            assert oproj_patch.status().grid == contender.grid
             # Groups and layer outlive vLLM's groups, so that all contenders can take turns.
             group, otp_group._current = otp_group._current, None
         oproj_patch.disable()
@@ -221,10 +248,12 @@ def summarise(
 ) -> list[dict[str, Any]]:
     """One result for each number of rows and contender, from what the ranks measured.
 
-    seconds: median over the repetitions of the slowest rank; to_rows: median of the ratios to the
-    rows layout in the same repetition; bound_seconds: the bytes over the rate.
+    bytes_sent: by one rank, counted; formula_bytes: computed. seconds: median over the repetitions
+    of the slowest rank; to_rows: median of the ratios to the rows layout in the same repetition;
+    bound_seconds: the bytes over the rate. auto: the package takes it by itself.
     """
     results = []
+    auto = chosen_by_auto(args.ranks, args.columns, args.hidden)
     for index, rows in enumerate(args.rows):
         ranks = [rank["rows"][index] for rank in told]
         layout = []
@@ -241,7 +270,10 @@ def summarise(
                     "contender": one.name,
                     "grid": one.grid,
                     "wire": one.wire,
+                    "auto": one.grid == auto and one.wire == "off",
                     "bytes_sent": sent,
+                    "formula_bytes": rows
+                    * formula(one, args.ranks, args.columns, args.hidden, args.dtype),
                     "seconds": statistics.median(times),
                     "bound_seconds": sent / bytes_per_second(args.rate),
                     "quartiles": statistics.quantiles(times, n=4)[::2],
@@ -269,13 +301,43 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def plot(results: Sequence[dict[str, Any]], path: str) -> None:
+    """Time (solid) and bytes (dashed) over rows, as a part of the rows layout's; a panel a wire."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("--plot needs matplotlib, which is not installed here.") from None
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"
+    from matplotlib import pyplot
+
+    wires = sorted({r["wire"] for r in results if r["contender"] == "grid"}, reverse=True)
+    figure, axes = pyplot.subplots(
+        1, len(wires), figsize=(4.6 * len(wires), 3.6), squeeze=False, layout="constrained"
+    )
+    layouts = {r["rows"]: r["bytes_sent"] for r in results if r["contender"] == ROWS_LAYOUT}
+    for axis, wire in zip(axes.flat, wires, strict=True):
+        for color, grid in enumerate(sorted({r["grid"] for r in results} - {""}, reverse=True)):
+            mine = [r for r in results if (r["grid"], r["wire"]) == (grid, wire)]
+            rows, style = [r["rows"] for r in mine], {"color": f"C{color}", "markersize": 4}
+            axis.plot(rows, [r["to_rows"] for r in mine], marker="o", label=grid, **style)
+            sent = [r["bytes_sent"] / layouts[r["rows"]] for r in mine]
+            axis.plot(rows, sent, linestyle="dashed", **style)
+        axis.set(xscale="log", xlabel="rows per rank", ylabel="of the rows layout", ylim=(0, None))
+        axis.set_xticks(list(layouts), list(map(str, layouts)))
+        axis.set_title(f"dispatch in {'16 bits' if wire == 'off' else wire}", fontsize=10)
+        axis.grid(True, which="major", alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
 def execute(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; return what `--json` prints. Raises Unavailable."""
     from benchmarks import links
     from tests.hosts import wheels
     from tests.ranks import launch
 
-    chosen = links.contenders(args.ranks)
+    chosen = links.contenders(args.ranks, args.wires)
     host = {}
     if args.ascend:  # fetched while there is a network
         host = wheels.environment(wheels.Host("ascend", args.ascend), {})
@@ -314,10 +376,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--columns", type=int, default=8192, help=f"of the unsharded input {default}")
     add("--hidden", type=int, default=3584, help=f"outputs {default}")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help=default)
+    add("--wires", nargs="+", default=["off"], help="of the grids: off int8 fp8 (off)")
     add("--gemm", action="store_true", help="do the local GEMM too, instead of leaving it out")
     add("--seconds", type=float, default=20.0, help=f"for each number of rows {default}")
     add("--ascend", metavar="RELEASE", default="", help="the built-in of vllm-ascend's wheel")
     add("--json", action="store_true", help="print one JSON object")
+    add("--plot", metavar="FILE", help="draw time and bytes over rows, against the rows layout")
+    add("--saved", metavar="FILE", help="show the JSON of an earlier run, measure nothing")
     args = parser.parse_args(arguments)
     try:
         bytes_per_second(args.rate)
@@ -328,13 +393,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # a host prints warnings
     try:
-        found = execute(args)
+        found = json.loads(Path(args.saved).read_text()) if args.saved else execute(args)
     except Unavailable as error:
         print(f"links.py needs Linux, root, ip and tc: {error}.", file=sys.stderr)
         return 2
+    if args.plot:
+        plot(found["results"], args.plot)
     with output:
         print(json.dumps(found, indent=1) if args.json else table(found["results"]), file=output)
-    return 0
+    wrong = [r for r in found["results"] if r["bytes_sent"] != r["formula_bytes"]]
+    for r in wrong:
+        told = "{rows} rows, {grid} {wire}: {bytes_sent} bytes counted, {formula_bytes} computed."
+        print(told.format(**r), file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
