@@ -24,7 +24,7 @@ from ..errors import OprojValueError
 from ..hosts.refusals import EXPERT_COUNTS
 from ..settings import TOGGLE
 from ..sharding import topology
-from ..sharding.topology import Grid
+from ..sharding.topology import QUANTIZED_OUTPUTS, Grid
 
 GIB, MIB = 2**30, 2**20
 WEIGHT_BITS = {"int4": 4, "fp4": 4, "int8": 8, "fp8": 8, "bf16": 16, "fp16": 16, "fp32": 32}
@@ -34,7 +34,6 @@ DESCRIPTIONS = {"quant_model_description.json": "ascend", "hf_quant_config.json"
 NODE = 8  # accelerators in most nodes
 LATENCY = 10e-6  # seconds that an all-to-all of few bytes is assumed to take
 SLOW_LINK = 25  # GB/s of a link between nodes, for each rank
-SCALE = 4  # bytes, of a chunk of a row that is sent in 8 bits
 DENSE = "no experts: o_proj of a dense model cannot be sharded over data parallelism"
 _unusable = partial(OprojValueError, "OPROJ018")
 
@@ -69,7 +68,8 @@ class ModelShape(NamedTuple):
     dtypes: tuple[str, ...]  # of the o_proj of each decoder layer
     mtp_dtypes: tuple[str, ...]  # and of each MTP layer
     activation_dtype: str
-    blocks: tuple[int, int]  # columns and outputs of one quantization block, which stay together
+    blocks: tuple[int, int]  # a rank's columns and outputs are multiples of these
+    narrow: bool  # rows travel in 8 bits
     notes: list[str]
 
 
@@ -99,12 +99,12 @@ def make_plan(
     full, mtp_full = held(1, shape.dtypes), held(1, shape.mtp_dtypes)
     element = WEIGHT_BITS[shape.activation_dtype] // 8
 
-    def sent(n: int, wire: str, out: int, scale: int) -> dict[str, Any]:
-        """Describe a dispatch of `out` bytes an element and `scale` bytes a chunk of a row."""
+    def sent(n: int, wire: str, out: int) -> dict[str, Any]:
+        """Describe a dispatch of `out` bytes an element."""
         grid = topology.choose_grid(n, width, hidden, element, out, shape.blocks)
         return {"wire": wire, "grid": str(grid)} | {
             f"bytes_per_token{name}":
-                topology.step_bytes(n, width // a, hidden // b, element, out, scale) * layers
+                topology.step_bytes(n, width // a, hidden // b, element, out) * layers
             for name, (a, b) in (("", grid), ("_Nx1", Grid(n, 1)), ("_1xN", Grid(1, n)))
             if hidden % b == 0
         }  # fmt: skip
@@ -112,14 +112,16 @@ def make_plan(
     rows = []
     for n in sizes:
         kept = held(n, shape.dtypes)
-        wires = [sent(n, shape.activation_dtype, element, 0), sent(n, "8 bits", 1, SCALE)]
-        step, waits = wires[0]["bytes_per_token"], 2 * layers * LATENCY
+        wires = [sent(n, shape.activation_dtype, element), sent(n, "8 bits", 1)]
+        taken, waits = wires[shape.narrow], 2 * layers * LATENCY
+        step = taken["bytes_per_token"]
         gather = topology.gather_bytes(n, kept)
         saved, tokens = full - kept, (full - kept) // kv_bytes
         rows.append({
             "otp_size": n, "o_proj_bytes_per_rank": kept,
             "saved_bytes_per_rank": saved, "saved_bytes_instance": saved * dp * tp,
             "kv_tokens_per_rank": tokens, "kv_tokens_instance": tokens * dp,
+            "grid": taken["grid"], "exchange_bytes_per_token": step,
             "wires": wires, "seconds_latency": waits,
             "seconds_link": waits + step * batch / (1e9 * link),
             "seconds_slow_link": waits + step * batch / (1e9 * SLOW_LINK),
@@ -140,8 +142,8 @@ def make_plan(
     mixture = " + ".join(f"{dtype} x {count}" for dtype, count in counts.items())
     return {
         "model": model, "dp": dp, "tp": tp, "kv_dtype": kv_dtype, "batch": batch,
-        "link": link, "slow_link": SLOW_LINK, "latency": LATENCY, "num_layers": layers,
-        "dtype": mixture if len(counts) > 1 else shape.dtypes[0],
+        "dispatch": taken["wire"], "link": link, "slow_link": SLOW_LINK, "latency": LATENCY,
+        "dtype": mixture if len(counts) > 1 else shape.dtypes[0], "num_layers": layers,
         "activation_dtype": shape.activation_dtype, "mtp_layers": len(shape.mtp_dtypes),
         "hidden_size": hidden, "o_proj_input": shape.o_proj_input, "kv_bytes_per_token": kv_bytes,
         "unsharded_bytes_per_rank": full, "mtp_unsharded_bytes_per_rank": mtp_full,
@@ -169,6 +171,8 @@ def format_plan(plan: dict[str, Any]) -> str:
         f"milliseconds are assumed, not measured: {plan['latency'] * 1e6:g} us for each of "
         f"{2 * plan['num_layers']} all-to-alls, and the bytes at the speed of a rank's link; the "
         "gain is memory, never speed",
+        "rows travel in 8 bits where vllm-ascend has static W8A8; this model's in "
+        f"{plan['dispatch']}",
         f"a weight gather needs a buffer of {buffer / GIB:.2f} GiB per rank for all layers",
     ]
     if mtp:
@@ -192,9 +196,10 @@ def format_plan(plan: dict[str, Any]) -> str:
             ("on the grid", "MiB", "bytes_per_token", ".2f", MIB),
             ("N x 1", "MiB", "bytes_per_token_Nx1", ".2f", MIB),
             ("1 x N", "MiB", "bytes_per_token_1xN", ".2f", MIB)),
-        f"\nDecode, what a step of {plan['batch']} rows takes longer, "
-        f"{plan['activation_dtype']} dispatch",
+        f"\nDecode, what a step of {plan['batch']} rows takes longer with a dispatch in "
+        f"{plan['dispatch']}",
         _table(rows,
+            ("grid", "", "grid", "", 1),
             ("latency alone", "ms", "seconds_latency", ".2f", 1e-3),
             (f"{plan['link']} GB/s", "ms", "seconds_link", ".2f", 1e-3),
             (f"{plan['slow_link']} GB/s", "ms", "seconds_slow_link", ".2f", 1e-3)),
@@ -260,28 +265,32 @@ def parse_config(config: dict[str, Any], weight_dtype: str | None = None) -> Mod
         kv_heads, kv_width = 1, text["kv_lora_rank"] + text["qk_rope_head_dim"]
     layers, mtp_layers = text["num_hidden_layers"], text.get("num_nextn_predict_layers") or 0
     plain = TORCH_DTYPES[text.get("torch_dtype") or text.get("dtype") or "bfloat16"]
-    schemes, notes = [(weight_dtype or plain, 1, 1)] * (layers + mtp_layers), []
+    schemes, notes = [(weight_dtype or plain, 1)] * (layers + mtp_layers), []
     found = text.get("quantization_config") or text.get("compression_config") or {}
     for name, family in DESCRIPTIONS.items():
         if name in text and str(found.get("quant_method", family)).startswith(family):
             described = text[name].get("quantization", text[name])
             found = {**described, "quant_method": family, **found}
+    # As `VllmAscend.wire_bytes` and `grid.fewest_bytes` decide.
+    kinds = {kind for name, kind in found.items() if name.endswith(".o_proj.weight")}
+    narrow = found.get("quant_method") == "ascend" and kinds == {"W8A8"} and not weight_dtype
+    quantized = weight_dtype not in TORCH_DTYPES.values() if weight_dtype else found
     if found and not weight_dtype:
         roots = ("model.language_model", "language_model.model") if inner else ("model",)
         for index in range(layers + mtp_layers):
             names = [f"{root}.layers.{index}.self_attn.o_proj" for root in roots]
-            schemes[index] = _scheme(found, names) or (plain, 1, 1)
+            schemes[index] = _scheme(found, names) or (plain, 1)
         notes.append("the quantization tells the data type of each o_proj: --dtype says otherwise")
     if not any(text.get(key) for key in EXPERT_COUNTS):
         notes.append(DENSE)
     if text.get("index_head_dim"):
         notes.append("of sparse attention, index cache and scales of an fp8 cache are not counted")
-    dtypes, columns, outputs = zip(*schemes, strict=True)
+    dtypes, blocks = zip(*schemes, strict=True)
     return ModelShape(
         hidden_size=hidden, num_heads=heads, o_proj_input=heads * v_head_dim,
         kv_heads=kv_heads, kv_width=kv_width, activation_dtype=plain, notes=notes,
-        dtypes=dtypes[:layers], mtp_dtypes=dtypes[layers:],
-        blocks=(math.lcm(*columns), math.lcm(*outputs)),
+        dtypes=dtypes[:layers], mtp_dtypes=dtypes[layers:], narrow=narrow,
+        blocks=(math.lcm(*blocks), QUANTIZED_OUTPUTS if quantized else 1),
     )  # fmt: skip
 
 
@@ -297,21 +306,17 @@ _EXCLUSIONS: dict[str, tuple[tuple[str, ...], Callable[[str, str], bool]]] = {
     "awq": (("modules_to_not_convert",), lambda entry, name: entry in name),
     "modelopt": (("ignore", "exclude_modules"), lambda e, name: e in name or fnmatch(name, e)),
 }
-# Data type, and how many outputs and input columns share a scale.
+# Data type, and how many input columns share a scale.
 _MODELOPT_ALGORITHMS = {
-    "FP8": ("fp8", (1, 1)), "FP8_PER_CHANNEL_PER_TOKEN": ("fp8", (1, 1)),
-    "FP8_PB_WO": ("fp8", (128, 128)), "MXFP8": ("fp8", (1, 32)), "NVFP4": ("fp4", (1, 16)),
-    "W4A16_NVFP4": ("fp4", (1, 16)),
+    "FP8": ("fp8", 1), "FP8_PER_CHANNEL_PER_TOKEN": ("fp8", 1), "FP8_PB_WO": ("fp8", 128),
+    "MXFP8": ("fp8", 32), "NVFP4": ("fp4", 16), "W4A16_NVFP4": ("fp4", 16),
 }  # fmt: skip
 
 
-def _scheme(quantization: dict[str, Any], names: Sequence[str]) -> tuple[str, int, int] | None:
-    """Return data type, columns and outputs of a block of the o_proj with one of `names`.
-
-    None: it is not quantized.
-    """
+def _scheme(quantization: dict[str, Any], names: Sequence[str]) -> tuple[str, int] | None:
+    """Return data type and block of the o_proj with one of `names`; None: it is not quantized."""
     method = str(quantization.get("quant_method"))
-    dtype, block = "", (1, quantization.get("group_size"))
+    dtype, block = "", quantization.get("group_size")
     for family, (keys, matches) in _EXCLUSIONS.items():
         entries = [entry for key in keys for entry in quantization.get(key) or ()]
         if method.startswith(family) and any(matches(e, name) for e in entries for name in names):
@@ -319,7 +324,7 @@ def _scheme(quantization: dict[str, Any], names: Sequence[str]) -> tuple[str, in
     if method == "mxfp4":  # vLLM quantizes only the experts.
         return None
     if method in ("fp8", "fbgemm_fp8"):
-        dtype, block = "fp8", quantization.get("weight_block_size") or (1, 1)
+        dtype, block = "fp8", (quantization.get("weight_block_size") or (1, 1))[1]
     elif method.startswith(("gptq", "awq", "auto-round")):
         dtype = f"int{quantization.get('bits', quantization.get('w_bit'))}"
     elif method.startswith("modelopt"):
@@ -328,7 +333,7 @@ def _scheme(quantization: dict[str, Any], names: Sequence[str]) -> tuple[str, in
         told = [layers[name].get("quant_algo") for name in names if name in layers]
         if not told:
             return None
-        dtype, block = _MODELOPT_ALGORITHMS.get(str(told[0]).upper(), ("", (1, 1)))
+        dtype, block = _MODELOPT_ALGORITHMS.get(str(told[0]).upper(), ("", 1))
     elif method == "ascend":
         # ModelSlim names an o_proj's weight with `W8A8` or the like; where it names others, FLOAT.
         weights = [f"{name}.{end}" for name in names for end in ("weight", "weight_packed")]
@@ -347,10 +352,9 @@ def _scheme(quantization: dict[str, Any], names: Sequence[str]) -> tuple[str, in
         if not weight:
             return None
         dtype = f"{weight['type'].replace('float', 'fp')}{weight['num_bits']}"
-        block = weight.get("block_structure") or (1, weight.get("group_size"))
+        block = (weight.get("block_structure") or (1, weight.get("group_size")))[1]
     if dtype in WEIGHT_BITS:
-        outputs, columns = (b if isinstance(b, int) and b > 0 else 1 for b in block)
-        return dtype, columns, outputs
+        return dtype, block if isinstance(block, int) and block > 0 else 1
     raise _unusable(
         f"the quantization has quant_method = {method!r}, from which the data type of {names[0]} "
         f"cannot be told: name it with --dtype ({', '.join(WEIGHT_BITS)})"

@@ -14,10 +14,7 @@ from ..errors import OprojValueError
 from ..settings import GRID, TOGGLE
 from . import topology
 from .otp_group import OtpGroup
-from .topology import Grid
-
-QUANTIZED_OUTPUTS = 128
-"""`auto` cuts the outputs of a quantized layer in multiples of it: kernels' tiles, packed words."""
+from .topology import QUANTIZED_OUTPUTS, Grid
 
 
 def blocks(*owners: Any) -> tuple[int, int]:

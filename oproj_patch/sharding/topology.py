@@ -8,6 +8,9 @@ from typing import NamedTuple
 from ..errors import OprojValueError
 from ..settings import GRID, TOGGLE
 
+QUANTIZED_OUTPUTS = 128
+"""`auto` cuts the outputs of a quantized layer in multiples of it: kernels' tiles, packed words."""
+
 
 class Grid(NamedTuple):
     """How N ranks cut a weight: rank (i, j), number `i * outputs + j`, holds one block of it.

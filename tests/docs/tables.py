@@ -155,7 +155,7 @@ def savings() -> str:
     for row in plan["rows"]:
         if row["otp_size"] <= 16:
             kept, saved = (row[f"{what}_bytes_per_rank"] / GIB for what in ("o_proj", "saved"))
-            sent = row["wires"][0]["bytes_per_token"] / MIB
+            sent = row["exchange_bytes_per_token"] / MIB
             more = f"{row['kv_tokens_per_rank']:,}"
             rows.append(
                 (

@@ -148,17 +148,34 @@ def test_bytes_on_each_grid_in_each_width() -> None:
         64_512, 122_880, 238_080,
     ]  # fmt: skip
     assert wide[2]["bytes_per_token_1xN"] == 61 * 2 * 7 * (16_384 + 896)
-    # 8 bits out with a scale of 4 bytes for each chunk, 16 bits back.
-    assert narrow[2]["bytes_per_token"] == 61 * 7 * (4096 + 4 + 2 * 3584)
-    assert narrow[2]["bytes_per_token_Nx1"] == 61 * 7 * (2048 + 4 + 2 * 7168)
+    # 8 bits out, 16 bits back.
+    assert narrow[2]["bytes_per_token"] == 61 * 7 * (4096 + 2 * 3584)
+    assert narrow[2]["bytes_per_token_Nx1"] == 61 * 7 * (2048 + 2 * 7168)
     for before, one, other in zip(wide, narrow, narrow[1:], strict=False):
         assert one["bytes_per_token"] < before["bytes_per_token"] <= before["bytes_per_token_Nx1"]
         assert one["bytes_per_token"] < other["bytes_per_token"]
 
 
+def test_rows_travel_in_8_bits_where_all_of_o_proj_is_static_w8a8(tmp_path: Path) -> None:
+    write_config(tmp_path, r1_config(quantization_config=None))
+    for described_as, narrow in (
+        (described(rest="W8A8", layer_60="W8A8"), True),
+        (described(rest="W8A8", layer_60="FLOAT"), False),
+        (described(rest="W8A8_DYNAMIC"), False),
+    ):
+        (tmp_path / ASCEND).write_text(json.dumps(described_as))
+        plan = make_plan("m", load_model(str(tmp_path)))
+        row, wire = plan["rows"][1], plan["rows"][1]["wires"][narrow]
+        assert plan["dispatch"] == wire["wire"] == ("8 bits" if narrow else "bf16")
+        assert (row["otp_size"], row["grid"]) == (4, "2x2" if narrow else "4x1")
+        assert row["exchange_bytes_per_token"] == wire["bytes_per_token"]
+        assert row["prefill"][0]["exchange_bytes"] == 4096 * wire["bytes_per_token"]
+        assert make_plan("m", load_model(str(tmp_path), "int8"))["dispatch"] == "bf16"
+
+
 def test_a_grid_keeps_quantization_blocks_whole() -> None:
     config = r1_config(num_attention_heads=16, hidden_size=1152)  # outputs are 9 blocks of 128
-    for dtype, grid in ((None, "4x1"), ("fp8", "2x2")):
+    for dtype, grid in ((None, "4x1"), ("int8", "4x1"), ("bf16", "2x2")):
         row = make_plan("m", parse_config(config, dtype))["rows"][1]
         assert (row["otp_size"], row["wires"][0]["grid"]) == (4, grid)
 
@@ -343,7 +360,7 @@ def test_each_layer_is_counted_as_the_quantizer_would(what: str) -> None:
     [note] = shape.notes
     assert "--dtype says otherwise" in note
     given = parse_config(r1_config(quantization_config=quantization), "int8")
-    assert (dtype_of(given), given.blocks, given.notes) == ("int8", (1, 1), [])
+    assert (dtype_of(given), given.blocks, given.notes) == ("int8", (1, 128), [])
 
 
 def test_a_model_without_quantization_is_counted_in_its_own_data_type() -> None:
