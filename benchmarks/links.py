@@ -7,7 +7,8 @@ it sends. That gives a CPU the ratio of arithmetic to network that an accelerato
 contenders run in the same processes, by turns. The namespaces have no names, so the kernel removes
 them, their links and the bridge when the processes end, however they end.
 
-Linux, root, `ip` and `tc` are needed. The local GEMM is left out unless `--gemm` is given.
+Linux, root, `ip` and `tc` are needed. The local GEMM is left out unless `--gemm` is given. Rows
+that travel in int8 are quantized by a stand-in for the device's kernel, and are not multiplied.
 """
 
 from __future__ import annotations
@@ -56,13 +57,13 @@ class Contender(NamedTuple):
         return " ".join(filter(None, self))
 
 
-def contenders(ranks: int, wires: Sequence[str]) -> list[Contender]:
+def contenders(ranks: int, gemm: bool) -> list[Contender]:
     """What takes turns: the rows layout, with which the others are compared, first."""
     from oproj_patch.sharding import topology
 
     plain, *grids = topology.grids(ranks)
     chosen = [Contender(ROWS_LAYOUT, str(plain), "off"), Contender("builtin")]
-    for wire in wires:
+    for wire in ("off",) if gemm else ("off", "int8"):
         offered = grids if wire == "off" else [plain, *grids]
         chosen += [Contender("grid", str(grid), wire) for grid in offered]
     return chosen
@@ -73,16 +74,17 @@ def formula(one: Contender, ranks: int, columns: int, hidden: int, dtype: str) -
     from oproj_patch.sharding import topology
 
     a, b = map(int, (one.grid or f"{ranks}x1").split("x"))
-    narrow = {} if one.wire in ("", "off") else {"wire_bytes": 1, "scale_bytes": 4}
     element = {"bfloat16": 2, "float32": 4}[dtype]
-    return topology.step_bytes(ranks, columns // a, hidden // b, element, **narrow)
+    out = 1 if one.wire == "int8" else element
+    return topology.step_bytes(ranks, columns // a, hidden // b, element, out)
 
 
-def chosen_by_auto(ranks: int, columns: int, hidden: int) -> str:
-    """The grid that the package takes by itself for this layer, which is not quantized."""
+def chosen_by_auto(one: Contender, ranks: int, columns: int, hidden: int) -> bool:
+    """Tell whether the package takes this grid by itself, for rows that travel so."""
     from oproj_patch.sharding import topology
 
-    return str(topology.choose_grid(ranks, columns, hidden, 2))
+    best = topology.choose_grid(ranks, columns, hidden, 2, 1 if one.wire == "int8" else 2)
+    return one.grid == str(best)
 
 
 def bytes_per_second(rate: str) -> float:
@@ -186,14 +188,16 @@ def _ours(contender: Contender, columns: int, hidden: int, gemm: bool) -> Callab
 
     import oproj_patch
     from benchmarks import o_proj
-    from oproj_patch.sharding import otp_group
+    from oproj_patch.sharding import otp_group, rows
     from tests.ranks import layers
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     wanted = {"OPROJ_WEIGHT_GATHER_ROWS": "0", "OPROJ_GRID": contender.grid}
-    if contender.wire != "off":
-        wanted["OPROJ_WIRE"] = contender.wire
-    with mock.patch.dict(os.environ, wanted):
+    quantizer = _quantize if contender.wire == "int8" else None
+    with (
+        mock.patch.dict(os.environ, wanted),
+        mock.patch.object(rows.HostPass, "quantizer", lambda *_: quantizer),
+    ):
         oproj_patch.enable(ranks)
         with layers.model_groups(ranks) as config:
             layer = _layer(layers.O_PROJ, columns, hidden, gemm)
@@ -215,6 +219,13 @@ def _ours(contender: Contender, columns: int, hidden: int, gemm: bool) -> Callab
     return call
 
 
+def _quantize(rows: Any) -> Any:
+    """Stand in for the kernel of a static scale."""
+    import torch
+
+    return (rows * 32).to(torch.int8)
+
+
 def _layer(prefix: str, columns: int, hidden: int, gemm: bool) -> Any:
     """vLLM's layer; without `gemm` its quant method returns partial results made before."""
     import torch
@@ -223,20 +234,19 @@ def _layer(prefix: str, columns: int, hidden: int, gemm: bool) -> Any:
 
     layer = layers.build(prefix, hidden, columns, bias=False, return_bias=False)
     layer.weight.data.normal_()
+    outputs = layer.weight.shape[0]  # a CPU packs it now
     layers.finish(layer)
     if gemm:
         return layer
-    method, kept = layer.quant_method, dict[int, Any]()
-    apply = method.apply
+    kept = dict[int, Any]()
 
-    def nothing(layer: Any, x: Any, *rest: Any, **named: Any) -> Any:
+    def nothing(layer: Any, x: Any, *_: Any, **__: Any) -> Any:
         rows = x.shape[0]
         if rows not in kept:
-            one = apply(layer, x[:1], *rest, **named)
-            kept[rows] = torch.randn(rows, one.shape[1], dtype=one.dtype)
+            kept[rows] = torch.randn(rows, outputs)
         return kept[rows]
 
-    method.apply = nothing
+    layer.quant_method.apply = nothing
     return layer
 
 
@@ -250,10 +260,9 @@ def summarise(
 
     bytes_sent: by one rank, counted; formula_bytes: computed. seconds: median over the repetitions
     of the slowest rank; to_rows: median of the ratios to the rows layout in the same repetition;
-    bound_seconds: the bytes over the rate. auto: the package takes it by itself.
+    bound_seconds: the bytes over the rate. auto: the package takes this grid by itself.
     """
     results = []
-    auto = chosen_by_auto(args.ranks, args.columns, args.hidden)
     for index, rows in enumerate(args.rows):
         ranks = [rank["rows"][index] for rank in told]
         layout = []
@@ -270,7 +279,7 @@ def summarise(
                     "contender": one.name,
                     "grid": one.grid,
                     "wire": one.wire,
-                    "auto": one.grid == auto and one.wire == "off",
+                    "auto": chosen_by_auto(one, args.ranks, args.columns, args.hidden),
                     "bytes_sent": sent,
                     "formula_bytes": rows
                     * formula(one, args.ranks, args.columns, args.hidden, args.dtype),
@@ -337,7 +346,7 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
     from tests.hosts import wheels
     from tests.ranks import launch
 
-    chosen = links.contenders(args.ranks, args.wires)
+    chosen = links.contenders(args.ranks, args.gemm)
     host = {}
     if args.ascend:  # fetched while there is a network
         host = wheels.environment(wheels.Host("ascend", args.ascend), {})
@@ -376,7 +385,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--columns", type=int, default=8192, help=f"of the unsharded input {default}")
     add("--hidden", type=int, default=3584, help=f"outputs {default}")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help=default)
-    add("--wires", nargs="+", default=["off"], help="of the grids: off int8 fp8 (off)")
     add("--gemm", action="store_true", help="do the local GEMM too, instead of leaving it out")
     add("--seconds", type=float, default=20.0, help=f"for each number of rows {default}")
     add("--ascend", metavar="RELEASE", default="", help="the built-in of vllm-ascend's wheel")
