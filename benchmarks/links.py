@@ -46,7 +46,8 @@ class Unavailable(Exception):
 class Contender(NamedTuple):
     """One way to run the layer.
 
-    name: ROWS_LAYOUT, `grid` or `builtin`; the last has neither grid nor wire.
+    name: ROWS_LAYOUT, `grid`, `sequential` (a grid, one part of a step after the other instead of
+        at the same time) or `builtin`, which has neither grid nor wire.
     """
 
     name: str
@@ -66,7 +67,7 @@ def contenders(ranks: int, gemm: bool) -> list[Contender]:
     for wire in ("off",) if gemm else ("off", "int8"):
         offered = grids if wire == "off" else [plain, *grids]
         chosen += [Contender("grid", str(grid), wire) for grid in offered]
-    return chosen
+    return chosen + [Contender("sequential", str(plain), "off")] * gemm
 
 
 def formula(one: Contender, ranks: int, columns: int, hidden: int, dtype: str) -> int:
@@ -160,11 +161,14 @@ def measure(
     torch.set_default_dtype(getattr(torch, dtype))
     layers.join_world()
     calls: dict[Contender, Callable[[Any], Any]] = {}
+    clocks: dict[str, o_proj._Clock] = {}
     label, results = "", []
     with torch.inference_mode():
         for contender in chosen:
             if contender.name != "builtin":
-                calls[contender] = _ours(contender, columns, hidden, gemm)
+                calls[contender], layer = _ours(contender, columns, hidden, gemm)
+                if gemm:
+                    clocks[str(contender)] = o_proj._Clock(layer)
         with layers.model_groups(ranks) as config:
             layer = _layer("benchmark.shard", columns // ranks, hidden, gemm)
             calls[Contender("builtin")], label = o_proj._builtin(layer, ranks)
@@ -177,18 +181,26 @@ def measure(
                     sent = {
                         name: o_proj._bytes_sent(call, ranks, rank) for name, call in given.items()
                     }
-                    times, _ = o_proj._time(given, {}, seconds, 5)
-                results.append({"sent": sent, "seconds": times})
+                    times, outside = o_proj._time(given, clocks, seconds, 5)
+                multiplying = {
+                    name: [
+                        all_ - rest for all_, rest in zip(times[name], outside[name], strict=True)
+                    ]
+                    for name in outside
+                }
+                results.append({"sent": sent, "seconds": times, "gemm": multiplying})
     return {"builtin": label, "rows": results}
 
 
-def _ours(contender: Contender, columns: int, hidden: int, gemm: bool) -> Callable[[Any], Any]:
-    """The package's layer with this grid and wire, in a group of its own."""
+def _ours(
+    contender: Contender, columns: int, hidden: int, gemm: bool
+) -> tuple[Callable[[Any], Any], Any]:
+    """The package's layer with this grid and wire, in a group of its own: how to run it, and it."""
     import torch
 
     import oproj_patch
     from benchmarks import o_proj
-    from oproj_patch.sharding import otp_group, rows
+    from oproj_patch.sharding import exchange, otp_group, rows
     from tests.ranks import layers
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -216,7 +228,25 @@ def _ours(contender: Contender, columns: int, hidden: int, gemm: bool) -> Callab
         finally:
             otp_group._current = None
 
-    return call
+    def sequential(x: Any) -> Any:
+        with mock.patch.object(
+            exchange, "exchange", functools.partial(_in_turn, exchange.exchange)
+        ):
+            return call(x)
+
+    return sequential if contender.name == "sequential" else call, layer
+
+
+def _in_turn(exchange: Any, layer: Any, x: Any, counts: tuple[int, ...], parts: int = 1) -> Any:
+    """Run the parts of a step one after the other."""
+    import torch
+
+    done, rank = [], layer.oproj.group.rank
+    for part in range(parts):
+        starts, ends = (tuple(n * p // parts for n in counts) for p in (part, part + 1))
+        some = tuple(end - start for start, end in zip(starts, ends, strict=True))
+        done.append(exchange(layer, x[starts[rank] : ends[rank]], some))
+    return torch.cat(done)
 
 
 def _quantize(rows: Any) -> Any:
@@ -259,8 +289,9 @@ def summarise(
     """One result for each number of rows and contender, from what the ranks measured.
 
     bytes_sent: by one rank, counted; formula_bytes: computed. seconds: median over the repetitions
-    of the slowest rank; to_rows: median of the ratios to the rows layout in the same repetition;
-    bound_seconds: the bytes over the rate. auto: the package takes this grid by itself.
+    of the slowest rank; gemm_seconds: the same of the GEMM in them; to_rows: median of the ratios
+    to the rows layout in the same repetition; bound_seconds: the bytes over the rate. auto: the
+    package takes this grid by itself.
     """
     results = []
     for index, rows in enumerate(args.rows):
@@ -271,6 +302,7 @@ def summarise(
             by_rank = [rank["seconds"][str(one)] for rank in ranks]
             times = [max(repetition) for repetition in zip(*by_rank, strict=True)]
             layout = layout or times
+            gemm = [rank["gemm"].get(str(one), [0.0]) for rank in ranks]
             ratios = [mine / theirs for mine, theirs in zip(times, layout, strict=True)]
             results.append(
                 {
@@ -284,6 +316,7 @@ def summarise(
                     "formula_bytes": rows
                     * formula(one, args.ranks, args.columns, args.hidden, args.dtype),
                     "seconds": statistics.median(times),
+                    "gemm_seconds": statistics.median(map(max, zip(*gemm, strict=True))),
                     "bound_seconds": sent / bytes_per_second(args.rate),
                     "quartiles": statistics.quantiles(times, n=4)[::2],
                     "repetitions": len(times),

@@ -44,7 +44,7 @@ def test_every_grid_takes_turns_with_the_rows_layout() -> None:
     wide = ["rows 8x1 off", "builtin", "grid 4x2 off", "grid 2x4 off", "grid 1x8 off"]
     narrow = ["grid 8x1 int8", "grid 4x2 int8", "grid 2x4 int8", "grid 1x8 int8"]
     assert list(map(str, links.contenders(8, gemm=False))) == wide + narrow
-    assert list(map(str, links.contenders(8, gemm=True))) == wide
+    assert list(map(str, links.contenders(8, gemm=True))) == [*wide, "sequential 8x1 off"]
 
 
 def test_bytes_of_a_row() -> None:
@@ -64,7 +64,7 @@ def told(**seconds: list[float]) -> dict[str, Any]:
     """What one rank tells of 24 rows."""
     sent = {"rows 8x1 off": 1_548_288, "grid 4x2 off": 1_290_240}
     times = {"rows 8x1 off": seconds["rows"], "grid 4x2 off": seconds["grid"]}
-    return {"rows": [{"sent": sent, "seconds": times}]}
+    return {"rows": [{"sent": sent, "seconds": times, "gemm": {}}]}
 
 
 @pytest.fixture
