@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,6 +179,29 @@ def test_a_grid_keeps_quantization_blocks_whole() -> None:
     for dtype, grid in ((None, "4x1"), ("int8", "4x1"), ("bf16", "2x2")):
         row = make_plan("m", parse_config(config, dtype))["rows"][1]
         assert (row["otp_size"], row["wires"][0]["grid"]) == (4, grid)
+
+
+@pytest.mark.parametrize("name", BUILTIN_MODELS)
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_grid_is_the_one_that_the_host_takes(name: str, tp: int) -> None:
+    pytest.importorskip("torch")
+    from oproj_patch.hosts.vllm import Vllm
+    from oproj_patch.settings import Settings
+
+    fields = BUILTIN_MODELS[name]
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(**fields)),
+        parallel_config=SimpleNamespace(tensor_parallel_size=tp),
+        quant_config=SimpleNamespace(weight_block_size=[128, 128])
+        if "quantization_config" in fields
+        else None,
+    )
+    host = Vllm.__new__(Vllm)
+    rows = make_plan(name, load_model(name), tp=tp)["rows"]
+    assert len(rows) >= 3
+    for row in rows:
+        host.settings = Settings(size=row["otp_size"])
+        assert row["grid"] == str(host.grid(config))
 
 
 def test_outputs_that_n_does_not_divide_have_no_grid_of_1_x_n() -> None:
