@@ -52,7 +52,6 @@ BUILTIN_MODELS: dict[str, dict[str, Any]] = {
         ("glm-4.5", 5120, 96, 92, 160, {"num_key_value_heads": 8, "head_dim": 128} | _MTP),
     )
 }
-OPTIONS = ("dp", "tp", "kv_dtype", "batch", "prefill_rows", "link")  # of `make_plan`
 MODEL = "a directory with a config.json, such a file, a Hugging Face id in the local cache, or one "
 MODEL += f"of {', '.join(BUILTIN_MODELS)}"
 
@@ -121,8 +120,8 @@ def make_plan(
             "otp_size": n, "o_proj_bytes_per_rank": kept,
             "saved_bytes_per_rank": saved, "saved_bytes_instance": saved * dp * tp,
             "kv_tokens_per_rank": tokens, "kv_tokens_instance": tokens * dp,
-            "grid": taken["grid"], "exchange_bytes_per_token": step,
-            "wires": wires, "seconds_latency": waits,
+            "grid": taken["grid"], "exchange_bytes_per_token": step, "wires": wires,
+            "seconds_latency": waits,
             "seconds_link": waits + step * batch / (1e9 * link),
             "seconds_slow_link": waits + step * batch / (1e9 * SLOW_LINK),
             "weight_gather_bytes": gather,
@@ -150,6 +149,9 @@ def make_plan(
         "weight_gather_buffer_bytes": max(held(1, [dtype]) for dtype in counts),
         "notes": shape.notes, "rows": rows, "start": None if DENSE in shape.notes else start,
     }  # fmt: skip
+
+
+_DEFAULTS: dict[str, Any] = make_plan.__kwdefaults__ or {}
 
 
 def _table(rows: Sequence[dict[str, Any]], *columns: tuple[str, str, str, str, float]) -> str:
@@ -367,20 +369,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser("plan", help=about, description=__doc__)
     add, default = parser.add_argument, "(default: %(default)s)"
     add("model", metavar="MODEL", help=MODEL)
-    add("--dp", type=_positive, default=32, help=f"data-parallel ranks {default}")
-    add("--tp", type=_positive, default=1, help=f"tensor-parallel ranks {default}")
-    add("--batch", type=_positive, default=24, help=f"rows of a decode step on each rank {default}")
-    add("--prefill-rows", type=_positive, nargs="+", default=[4096], help="rows of a chunk (4096)")
-    add("--link", type=_positive, default=200, help=f"GB/s that a rank sends {default}")
+    add("--dp", type=_positive, help=f"data-parallel ranks {default}")
+    add("--tp", type=_positive, help=f"tensor-parallel ranks {default}")
+    add("--batch", type=_positive, help=f"rows of a decode step on each rank {default}")
+    add("--prefill-rows", type=_positive, nargs="+", help="rows of a chunk (default: 4096)")
+    add("--link", type=_positive, help=f"GB/s that a rank sends {default}")
     add("--dtype", choices=WEIGHT_BITS, help="data type of o_proj (default: the configuration's)")
-    add("--kv-dtype", choices=("bf16", "fp8", "int8"), default="bf16", help=f"KV cache {default}")
+    add("--kv-dtype", choices=("bf16", "fp8", "int8"), help=f"KV cache {default}")
     add("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(func=run)
+    parser.set_defaults(func=run, **_DEFAULTS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan and return 0. Raises OprojValueError when an input is unusable."""
-    options = {key: getattr(args, key) for key in OPTIONS}
+    options = {name: getattr(args, name) for name in _DEFAULTS}
     plan = make_plan(args.model, load_model(args.model, args.dtype), **options)
     print(json.dumps(plan, indent=2) if args.json else format_plan(plan))
     return 0
