@@ -127,6 +127,8 @@ def join_bridge(rank: int, rate: str) -> None:
     _system_call("setns", own, CLONE_NEWNET)
     _run(f"ip addr add {NETWORK}.{rank + 1}/24 dev eth0")
     _run(f"tc qdisc add dev eth0 root tbf rate {rate} burst {BURST} latency 200ms")
+    # The connections of each contender rest during the others' turns.
+    Path("/proc/sys/net/ipv4/tcp_slow_start_after_idle").write_text("0")
     _run("ip link set eth0 up")
     _run("ip link set lo up")
 
