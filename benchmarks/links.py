@@ -329,20 +329,19 @@ def summarise(
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The results as a Markdown table."""
-    layouts = {r["rows"]: r["bytes_sent"] for r in results if r["contender"] == ROWS_LAYOUT}
-    lines = [
-        "| rows | contender | grid | wire | KB sent | to rows layout | ms | to rows layout "
-        "| bound / time |",
-        "|" + " --- |" * 9,
-    ]
+    """The results as a Markdown table: a contender a line, milliseconds (of the rows layout's)."""
+    lines: dict[str, list[str]] = {}
+    base = {r["rows"]: r["bytes_sent"] for r in results if r["contender"] == ROWS_LAYOUT}
     for r in results:
-        cells = [r["rows"], r["contender"], r["grid"] or "-", r["wire"] or "-"]
-        cells += [f"{r['bytes_sent'] / 1e3:,.1f}", f"{r['bytes_sent'] / layouts[r['rows']]:.2f}"]
-        cells += [f"{r['seconds'] * 1e3:.1f}", f"{r['to_rows']:.2f}"]
-        cells.append(f"{r['bound_seconds'] / r['seconds']:.2f}")
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        name = str(Contender(r["contender"], r["grid"], r["wire"]))
+        sent = f"{r['bytes_sent'] // r['rows']:,} ({r['bytes_sent'] / base[r['rows']]:.2f})"
+        bound = f"{r['bound_seconds'] / r['seconds']:.2f}"
+        cells = lines.setdefault(name, [name, sent, bound])
+        cells[-1:] = [f"{r['seconds'] * 1e3:.1f} ({r['to_rows']:.2f})", bound]
+    head = ["contender", "bytes a row", *(f"ms at {rows}" for rows in base)]
+    head.append(f"bound / time at {max(base)}")
+    every = [head, ["---"] * len(head), *lines.values()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in every)
 
 
 def plot(results: Sequence[dict[str, Any]], path: str) -> None:
