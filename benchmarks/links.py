@@ -356,8 +356,9 @@ def plot(results: Sequence[dict[str, Any]], path: str) -> None:
 
     wires = sorted({r["wire"] for r in results if r["contender"] == "grid"}, reverse=True)
     figure, axes = pyplot.subplots(
-        1, len(wires), figsize=(4.6 * len(wires), 3.6), squeeze=False, layout="constrained"
-    )
+        1, len(wires), figsize=(4.6 * len(wires), 3.6), squeeze=False, sharey=True, layout="constrained"
+    )  # fmt: skip
+    axes.flat[0].set_ylabel("time (solid), bytes (dashed) / rows layout")
     layouts = {r["rows"]: r["bytes_sent"] for r in results if r["contender"] == ROWS_LAYOUT}
     for axis, wire in zip(axes.flat, wires, strict=True):
         for color, grid in enumerate(sorted({r["grid"] for r in results} - {""}, reverse=True)):
@@ -366,8 +367,9 @@ def plot(results: Sequence[dict[str, Any]], path: str) -> None:
             axis.plot(rows, [r["to_rows"] for r in mine], marker="o", label=grid, **style)
             sent = [r["bytes_sent"] / layouts[r["rows"]] for r in mine]
             axis.plot(rows, sent, linestyle="dashed", **style)
-        axis.set(xscale="log", xlabel="rows per rank", ylabel="of the rows layout", ylim=(0, None))
+        axis.set(xscale="log", xlabel="rows per rank", ylim=(0, None))
         axis.set_xticks(list(layouts), list(map(str, layouts)))
+        axis.minorticks_off()
         axis.set_title(f"dispatch in {'16 bits' if wire == 'off' else wire}", fontsize=10)
         axis.grid(True, which="major", alpha=0.3)
         axis.legend(fontsize=8)
