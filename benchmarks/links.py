@@ -356,7 +356,8 @@ def plot(results: Sequence[dict[str, Any]], path: str) -> None:
 
     wires = sorted({r["wire"] for r in results if r["contender"] == "grid"}, reverse=True)
     figure, axes = pyplot.subplots(
-        1, len(wires), figsize=(4.6 * len(wires), 3.6), squeeze=False, sharey=True, layout="constrained"
+        1, len(wires), figsize=(4.6 * len(wires), 3.6), squeeze=False, sharey=True,
+        layout="constrained",
     )  # fmt: skip
     axes.flat[0].set_ylabel("time (solid), bytes (dashed) / rows layout")
     layouts = {r["rows"]: r["bytes_sent"] for r in results if r["contender"] == ROWS_LAYOUT}
