@@ -202,19 +202,17 @@ def _ours(
 
     import oproj_patch
     from benchmarks import o_proj
-    from oproj_patch.sharding import exchange, otp_group, rows
+    from oproj_patch.sharding import exchange, otp_group
     from tests.ranks import layers
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     wanted = {"OPROJ_WEIGHT_GATHER_ROWS": "0", "OPROJ_GRID": contender.grid}
-    quantizer = _quantize if contender.wire == "int8" else None
-    with (
-        mock.patch.dict(os.environ, wanted),
-        mock.patch.object(rows.HostPass, "quantizer", lambda *_: quantizer),
-    ):
+    with mock.patch.dict(os.environ, wanted):
         oproj_patch.enable(ranks)
         with layers.model_groups(ranks) as config:
             layer = _layer(layers.O_PROJ, columns, hidden, gemm)
+            if contender.wire == "int8":
+                layer.oproj.host.quantizer = lambda _: _quantize
             # What happens once only, such as the comparison of layers, is not measured.
             with o_proj._forward_context(config, rank, [1] * ranks):
                 layer(torch.randn(1, columns))
