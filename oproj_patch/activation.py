@@ -32,6 +32,7 @@ class Status:
     versions: distribution -> version, once seams are installed; seams: patched symbols.
     otp_ranks: global ranks of this process's otp group; layers: sharded layers; bytes_kept,
         bytes_saved: of their parameters on this rank, and what it would hold more unsharded.
+    grid: of the group, `AxB`; empty before there is a group.
     exchanges: steps of o_proj layers run so far (a graph replay is not counted).
     """
 
@@ -44,6 +45,7 @@ class Status:
     bytes_kept: int = 0
     bytes_saved: int = 0
     exchanges: int = 0
+    grid: str = ""
 
 
 @dataclass
@@ -152,7 +154,7 @@ def status() -> Status:
     kept, saved = group.totals()
     return replace(
         now, size=group.size, otp_ranks=tuple(group.ranks), layers=len(group.layers),
-        bytes_kept=kept, bytes_saved=saved, exchanges=group.steps,
+        bytes_kept=kept, bytes_saved=saved, exchanges=group.steps, grid=str(group.grid),
     )  # fmt: skip
 
 
@@ -250,8 +252,11 @@ def _create_otp_group(start: _Start, dp_groups: Sequence[Any], backend: str, dp:
     from .sharding import otp_group
 
     host = _state.host
-    graph_rows = host.graph_rows(get_current_vllm_config())
-    otp_group.create(dp_groups, start.tp_groups, backend, host.settings, start.key, dp, graph_rows)
+    config = get_current_vllm_config()
+    otp_group.create(
+        dp_groups, start.tp_groups, backend, host.settings, start.key, dp,
+        host.graph_rows(config), host.grid(config),
+    )  # fmt: skip
     original = dp.destroy
 
     def destroy() -> None:

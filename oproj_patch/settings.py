@@ -19,7 +19,9 @@ DEBUG = "OPROJ_PATCH_DEBUG"
 SKIP_VERSION_CHECK = "OPROJ_PATCH_SKIP_VERSION_CHECK"
 HANDSHAKE_SECONDS = "OPROJ_PATCH_HANDSHAKE_SECONDS"
 WEIGHT_GATHER_ROWS = "OPROJ_WEIGHT_GATHER_ROWS"
-VARIABLES = (TOGGLE, DEBUG, SKIP_VERSION_CHECK, HANDSHAKE_SECONDS, WEIGHT_GATHER_ROWS)
+GRID = "OPROJ_GRID"
+WIRE = "OPROJ_WIRE"
+VARIABLES = (TOGGLE, DEBUG, SKIP_VERSION_CHECK, HANDSHAKE_SECONDS, WEIGHT_GATHER_ROWS, GRID, WIRE)
 """Every variable the package reads; launchers must carry them to the workers."""
 CONFIG_KEY = "oproj_patch"  # in vLLM's `additional_config`
 
@@ -35,6 +37,9 @@ class Settings:
     handshake_seconds: deadline of the agreement between ranks, in seconds.
     weight_gather_rows: rows on every rank from which weights are gathered instead of rows
         dispatched; 0 never; None where a gather moves fewer bytes.
+    grid: `AxB`, either number may be N; auto: the one with the fewest bytes.
+    wire: auto: rows travel in 8 bits where the layer's own quantization can move to the sender;
+        off: always in the model's type.
     """
 
     size: int = 0
@@ -43,6 +48,8 @@ class Settings:
     skip_version_check: bool = False
     handshake_seconds: float = 60.0
     weight_gather_rows: int | None = None
+    grid: str = "auto"
+    wire: str = "auto"
 
     @property
     def enabled(self) -> bool:
@@ -54,6 +61,8 @@ class Settings:
             TOGGLE: "auto" if self.auto and self.size == 0 else str(self.size),
             DEBUG: str(int(self.debug)),
             WEIGHT_GATHER_ROWS: str(self.weight_gather_rows),
+            GRID: self.grid,
+            WIRE: self.wire,
         }
 
 
@@ -85,6 +94,16 @@ def _rows(value: Any) -> int:
     return int(value)
 
 
+def _grid(value: Any) -> str:
+    if value != "auto" and not _GRID.fullmatch(value):
+        raise ValueError
+    return str(value)
+
+
+def _wire(value: Any) -> str:
+    return {"auto": "auto", "off": "off"}[value]
+
+
 def _flag(value: Any) -> bool:
     text = str(int(value)) if isinstance(value, bool) else str(value)
     return {"0": False, "1": True}[text]
@@ -92,6 +111,7 @@ def _flag(value: Any) -> bool:
 
 # int() alone would take "1_0", "+4" and digits that are not ASCII.
 _DIGITS = re.compile("[0-9]{1,9}")
+_GRID = re.compile("([1-9][0-9]{0,5}|N)x([1-9][0-9]{0,5}|N)")
 # The toggle itself is read by `parse_size`, because it also knows off and `auto`.
 _SIZE = _Option("size", TOGGLE, _size, "is an integer of 2 or more: set one")
 _OPTIONS = (
@@ -101,6 +121,8 @@ _OPTIONS = (
             "is a number of seconds above 0 and up to 86400: set one"),
     _Option("weight_gather_rows", WEIGHT_GATHER_ROWS, _rows,
             "are 0 (never gather weights) and a number of rows: set one"),
+    _Option("grid", GRID, _grid, "are auto, Nx1 and two numbers such as 4x2: set one"),
+    _Option("wire", WIRE, _wire, "are auto and off: set one"),
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """What each otp group size N saves and costs, by arithmetic alone, without torch and vLLM.
 
-Sizes are of o_proj weights: quantization scales and biases are not counted.
+The gain is memory; time is only ever a cost. Sizes are of o_proj weights: quantization scales and
+biases are not counted.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import Any, NamedTuple
 from ..errors import OprojValueError
 from ..hosts.refusals import EXPERT_COUNTS
 from ..settings import TOGGLE
-from ..sharding.topology import gather_bytes, gather_threshold, legal_sizes, step_bytes
+from ..sharding import topology
+from ..sharding.topology import QUANTIZED_OUTPUTS, Grid
 
 GIB, MIB = 2**30, 2**20
 WEIGHT_BITS = {"int4": 4, "fp4": 4, "int8": 8, "fp8": 8, "bf16": 16, "fp16": 16, "fp32": 32}
@@ -30,6 +32,8 @@ TORCH_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 DESCRIPTIONS = {"quant_model_description.json": "ascend", "hf_quant_config.json": "modelopt"}
 """What ModelSlim and ModelOpt write beside a `config.json`, and the quant_method it belongs to."""
 NODE = 8  # accelerators in most nodes
+LATENCY = 10e-6  # seconds that an all-to-all of few bytes is assumed to take
+SLOW_LINK = 25  # GB/s of a link between nodes, for each rank
 DENSE = "no experts: o_proj of a dense model cannot be sharded over data parallelism"
 _unusable = partial(OprojValueError, "OPROJ018")
 
@@ -63,25 +67,27 @@ class ModelShape(NamedTuple):
     dtypes: tuple[str, ...]  # of the o_proj of each decoder layer
     mtp_dtypes: tuple[str, ...]  # and of each MTP layer
     activation_dtype: str
-    block: int  # every chunk is a multiple of so many columns
+    blocks: tuple[int, int]  # a rank's columns and outputs are multiples of these
+    narrow: bool  # rows travel in 8 bits
     notes: list[str]
 
 
 def make_plan(
     model: str, shape: ModelShape, *, dp: int = 32, tp: int = 1, kv_dtype: str = "bf16",
-    batch: int = 24, prefill_rows: Sequence[int] = (4096,),
+    batch: int = 24, prefill_rows: Sequence[int] = (4096,), link: int = 200,
 ) -> dict[str, Any]:  # fmt: skip
     """Compute what `--json` prints: a plan of `shape` on `dp` x `tp` ranks, one row for each N.
 
-    batch, prefill_rows: rows of a decode step, and of prefill chunks, on each rank.
+    batch, prefill_rows: rows of a decode step, and of prefill chunks, on each rank; link: GB/s that
+        a rank sends.
     Bytes sent are of one rank and all decoder layers. Raises OprojValueError when no N is legal.
     """
     width, hidden, layers = shape.o_proj_input // tp, shape.hidden_size, len(shape.dtypes)
-    sizes = legal_sizes(dp, shape.o_proj_input, tp, shape.block)
+    sizes = topology.legal_sizes(dp, shape.o_proj_input, tp, shape.blocks[0])
     if shape.num_heads % tp or not sizes:
         raise _unusable(
             f"--dp is {dp} and --tp is {tp}: give a --tp that divides the {shape.num_heads} heads, "
-            f"and a --dp with a divisor N above 1 for which {shape.block} * N divides {width}"
+            f"and a --dp with a divisor N above 1 for which {shape.blocks[0]} * N divides {width}"
         )
 
     def held(n: int, dtypes: Sequence[str]) -> int:
@@ -90,21 +96,37 @@ def make_plan(
     # MLA caches its vector on every tensor-parallel rank; GQA divides its heads among them.
     kv_bytes = max(1, shape.kv_heads // tp) * shape.kv_width * layers * WEIGHT_BITS[kv_dtype] // 8
     full, mtp_full = held(1, shape.dtypes), held(1, shape.mtp_dtypes)
-    element_bytes = WEIGHT_BITS[shape.activation_dtype] // 8
+    element = WEIGHT_BITS[shape.activation_dtype] // 8
+
+    def sent(n: int, wire: str, out: int) -> dict[str, Any]:
+        """Describe a dispatch of `out` bytes an element."""
+        grid = topology.choose_grid(n, width, hidden, element, out, shape.blocks)
+        return {"wire": wire, "grid": str(grid)} | {
+            f"bytes_per_token{name}":
+                topology.step_bytes(n, width // a, hidden // b, element, out) * layers
+            for name, (a, b) in (("", grid), ("_Nx1", Grid(n, 1)), ("_1xN", Grid(1, n)))
+            if hidden % b == 0
+        }  # fmt: skip
+
     rows = []
     for n in sizes:
         kept = held(n, shape.dtypes)
-        step = step_bytes(n, width // n, hidden, element_bytes) * layers
-        gather = gather_bytes(n, kept)
+        wires = [sent(n, shape.activation_dtype, element), sent(n, "8 bits", 1)]
+        taken, waits = wires[shape.narrow], 2 * layers * LATENCY
+        step = taken["bytes_per_token"]
+        gather = topology.gather_bytes(n, kept)
         saved, tokens = full - kept, (full - kept) // kv_bytes
         rows.append({
             "otp_size": n, "o_proj_bytes_per_rank": kept,
             "saved_bytes_per_rank": saved, "saved_bytes_instance": saved * dp * tp,
             "kv_tokens_per_rank": tokens, "kv_tokens_instance": tokens * dp,
-            "exchange_bytes_per_token": step, "exchange_bytes_per_step": step * batch,
-            "weight_gather_rows": gather_threshold(gather, step),
-            "prefill": [{"rows": m, "exchange_bytes": step * m, "weight_gather_bytes": gather}
-                        for m in prefill_rows],
+            "grid": taken["grid"], "exchange_bytes_per_token": step, "wires": wires,
+            "seconds_latency": waits,
+            "seconds_link": waits + step * batch / (1e9 * link),
+            "seconds_slow_link": waits + step * batch / (1e9 * SLOW_LINK),
+            "weight_gather_bytes": gather,
+            "weight_gather_rows": topology.gather_threshold(gather, step),
+            "prefill": [{"rows": m, "exchange_bytes": step * m} for m in prefill_rows],
             "mtp_saved_bytes_per_rank": mtp_full - held(n, shape.mtp_dtypes),
         })  # fmt: skip
     unnamed = model.lower() in BUILTIN_MODELS or model.endswith(".json")
@@ -119,6 +141,7 @@ def make_plan(
     mixture = " + ".join(f"{dtype} x {count}" for dtype, count in counts.items())
     return {
         "model": model, "dp": dp, "tp": tp, "kv_dtype": kv_dtype, "batch": batch,
+        "dispatch": taken["wire"], "link": link, "slow_link": SLOW_LINK, "latency": LATENCY,
         "dtype": mixture if len(counts) > 1 else shape.dtypes[0], "num_layers": layers,
         "activation_dtype": shape.activation_dtype, "mtp_layers": len(shape.mtp_dtypes),
         "hidden_size": hidden, "o_proj_input": shape.o_proj_input, "kv_bytes_per_token": kv_bytes,
@@ -128,11 +151,17 @@ def make_plan(
     }  # fmt: skip
 
 
-def _table(rows: Sequence[dict[str, Any]], *columns: tuple[str, str, str, str, int]) -> str:
-    """Lay out columns of (title, unit, key in a row, format, divisor of the value), N first."""
+_DEFAULTS: dict[str, Any] = make_plan.__kwdefaults__ or {}
+
+
+def _table(rows: Sequence[dict[str, Any]], *columns: tuple[str, str, str, str, float]) -> str:
+    """Lay out columns of (title, unit, key in a row, format, divisor of a number), N first."""
     columns = (("N", "", "otp_size", ".0f", 1), *columns)
     lines = [[title for title, *_ in columns], [unit for _, unit, *_ in columns]]
-    lines += [[format(row[key] / by, form) for *_, key, form, by in columns] for row in rows]
+    lines += [
+        [cell if isinstance(cell := row.get(key, "-"), str) else format(cell / by, form)
+         for *_, key, form, by in columns] for row in rows
+    ]  # fmt: skip
     return "\n".join(f"{n:>4}" + "".join(f"{cell:>15}" for cell in cells) for n, *cells in lines)
 
 
@@ -140,7 +169,14 @@ def format_plan(plan: dict[str, Any]) -> str:
     """Return `plan` as text that fits a terminal of 80 columns, and the command to start with."""
     rows = plan["rows"]
     buffer, mtp = plan["weight_gather_buffer_bytes"], plan["mtp_unsharded_bytes_per_rank"]
-    notes = [f"a weight gather needs a buffer of {buffer / GIB:.2f} GiB per rank for all layers"]
+    notes = [
+        f"milliseconds are assumed, not measured: {plan['latency'] * 1e6:g} us for each of "
+        f"{2 * plan['num_layers']} all-to-alls, and the bytes at the speed of a rank's link; the "
+        "gain is memory, never speed",
+        "rows travel in 8 bits where vllm-ascend has static W8A8; this model's in "
+        f"{plan['dispatch']}",
+        f"a weight gather needs a buffer of {buffer / GIB:.2f} GiB per rank for all layers",
+    ]
     if mtp:
         notes.append(f"MTP is not counted: {mtp / GIB:.2f} GiB more o_proj per rank, sharded alike")
     lines = [
@@ -156,10 +192,19 @@ def format_plan(plan: dict[str, Any]) -> str:
             ("saved", "GiB, all", "saved_bytes_instance", ".1f", GIB),
             ("KV tokens", "per rank", "kv_tokens_per_rank", "+,.0f", 1),
             ("KV tokens", "all ranks", "kv_tokens_instance", "+,.0f", 1)),
-        f"\nDecode, bytes sent by a rank ({plan['activation_dtype']} activations)",
+        "\nDecode, bytes sent by a rank for one token, by type of the dispatch and by grid",
+        _table([{**row, **wire} for row in rows for wire in row["wires"]],
+            ("dispatch", "", "wire", "", 1), ("grid", "", "grid", "", 1),
+            ("on the grid", "MiB", "bytes_per_token", ".2f", MIB),
+            ("N x 1", "MiB", "bytes_per_token_Nx1", ".2f", MIB),
+            ("1 x N", "MiB", "bytes_per_token_1xN", ".2f", MIB)),
+        f"\nDecode, what a step of {plan['batch']} rows takes longer with a dispatch in "
+        f"{plan['dispatch']}",
         _table(rows,
-            ("one token", "MiB", "exchange_bytes_per_token", ".2f", MIB),
-            (f"step of {plan['batch']}", "MiB", "exchange_bytes_per_step", ".1f", MIB)),
+            ("grid", "", "grid", "", 1),
+            ("latency alone", "ms", "seconds_latency", ".2f", 1e-3),
+            (f"{plan['link']} GB/s", "ms", "seconds_link", ".2f", 1e-3),
+            (f"{plan['slow_link']} GB/s", "ms", "seconds_slow_link", ".2f", 1e-3)),
         "\nPrefill, bytes sent by a rank for one chunk",
         _table([{**row, **cost} for row in rows for cost in row["prefill"]],
             ("rows", "", "rows", ",.0f", 1),
@@ -168,7 +213,8 @@ def format_plan(plan: dict[str, Any]) -> str:
             ("gather pays", "from row", "weight_gather_rows", ",.0f", 1)),
         "",
     ]  # fmt: skip
-    lines += [textwrap.fill(f"Note: {note}.", 79) for note in (*notes, *plan["notes"])]
+    fill = partial(textwrap.fill, width=79, break_on_hyphens=False)
+    lines += [fill(f"Note: {note}.") for note in (*notes, *plan["notes"])]
     if plan["start"]:
         lines.append("\nStart with N = {otp_size}, {reason}:\n{command}".format(**plan["start"]))
     return "\n".join(lines)
@@ -227,6 +273,10 @@ def parse_config(config: dict[str, Any], weight_dtype: str | None = None) -> Mod
         if name in text and str(found.get("quant_method", family)).startswith(family):
             described = text[name].get("quantization", text[name])
             found = {**described, "quant_method": family, **found}
+    # As `VllmAscend.wire_bytes` and `grid.fewest_bytes` decide.
+    kinds = {kind for name, kind in found.items() if name.endswith(".o_proj.weight")}
+    narrow = found.get("quant_method") == "ascend" and kinds == {"W8A8"} and not weight_dtype
+    quantized = weight_dtype not in TORCH_DTYPES.values() if weight_dtype else found
     if found and not weight_dtype:
         roots = ("model.language_model", "language_model.model") if inner else ("model",)
         for index in range(layers + mtp_layers):
@@ -241,7 +291,8 @@ def parse_config(config: dict[str, Any], weight_dtype: str | None = None) -> Mod
     return ModelShape(
         hidden_size=hidden, num_heads=heads, o_proj_input=heads * v_head_dim,
         kv_heads=kv_heads, kv_width=kv_width, activation_dtype=plain, notes=notes,
-        dtypes=dtypes[:layers], mtp_dtypes=dtypes[layers:], block=math.lcm(*blocks),
+        dtypes=dtypes[:layers], mtp_dtypes=dtypes[layers:], narrow=narrow,
+        blocks=(math.lcm(*blocks), QUANTIZED_OUTPUTS if quantized else 1),
     )  # fmt: skip
 
 
@@ -318,19 +369,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser("plan", help=about, description=__doc__)
     add, default = parser.add_argument, "(default: %(default)s)"
     add("model", metavar="MODEL", help=MODEL)
-    add("--dp", type=_positive, default=32, help=f"data-parallel ranks {default}")
-    add("--tp", type=_positive, default=1, help=f"tensor-parallel ranks {default}")
-    add("--batch", type=_positive, default=24, help=f"rows of a decode step on each rank {default}")
-    add("--prefill-rows", type=_positive, nargs="+", default=[4096], help="rows of a chunk (4096)")
+    add("--dp", type=_positive, help=f"data-parallel ranks {default}")
+    add("--tp", type=_positive, help=f"tensor-parallel ranks {default}")
+    add("--batch", type=_positive, help=f"rows of a decode step on each rank {default}")
+    add("--prefill-rows", type=_positive, nargs="+", help="rows of a chunk (default: 4096)")
+    add("--link", type=_positive, help=f"GB/s that a rank sends {default}")
     add("--dtype", choices=WEIGHT_BITS, help="data type of o_proj (default: the configuration's)")
-    add("--kv-dtype", choices=("bf16", "fp8", "int8"), default="bf16", help=f"KV cache {default}")
+    add("--kv-dtype", choices=("bf16", "fp8", "int8"), help=f"KV cache {default}")
     add("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(func=run)
+    parser.set_defaults(func=run, **_DEFAULTS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan and return 0. Raises OprojValueError when an input is unusable."""
-    options = {key: getattr(args, key) for key in ("dp", "tp", "kv_dtype", "batch", "prefill_rows")}
+    options = {name: getattr(args, name) for name in _DEFAULTS}
     plan = make_plan(args.model, load_model(args.model, args.dtype), **options)
     print(json.dumps(plan, indent=2) if args.json else format_plan(plan))
     return 0

@@ -224,6 +224,7 @@ def check(facts: Facts, settings: Settings, versions: Mapping[str, str], graph_r
                 f"{rule.why}; {rule.remedy}.",
             )
     topology.check_size(settings.size, of(facts.vllm, "parallel_config.data_parallel_size"))
+    topology.check_grid(settings.grid, settings.size)
     if 0 < (rows := settings.weight_gather_rows or 0) <= graph_rows:
         raise OprojError(
             "OPROJ002",

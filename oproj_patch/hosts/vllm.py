@@ -17,11 +17,12 @@ from typing import Any
 from .. import releases
 from .._version import __version__
 from ..errors import OprojError
-from ..settings import SKIP_VERSION_CHECK, TOGGLE, Settings
+from ..settings import GRID, SKIP_VERSION_CHECK, TOGGLE, Settings
+from ..sharding import grid, metrics, otp_group, topology
 from ..sharding import layer as sharded
-from ..sharding import metrics, otp_group
 from ..sharding.otp_group import Counts, OtpGroup
 from ..sharding.rows import HostPass
+from ..sharding.topology import Grid
 from . import refusals
 from .refusals import of
 from .seam import Seam
@@ -141,6 +142,27 @@ class Vllm(HostPass):
             return 0
         return max(of(config, "compilation_config.cudagraph_capture_sizes") or (0,))
 
+    def grid(self, config: Any) -> Grid:
+        """Return the grid of every group: the one that was asked for, or of the fewest bytes.
+
+        `Nx1` where the configuration does not tell the size of an o_proj.
+        """
+        size, text = self.settings.size, of(config, "model_config.hf_text_config")
+        if asked := topology.check_grid(self.settings.grid, size):
+            return asked
+        heads, hidden = of(text, "num_attention_heads"), of(text, "hidden_size")
+        if not isinstance(heads, int) or not isinstance(hidden, int):
+            return Grid(size, 1)
+        width = of(text, "v_head_dim") or of(text, "head_dim") or hidden // heads
+        columns = heads * width // (of(config, "parallel_config.tensor_parallel_size") or 1)
+        quant_config = of(config, "quant_config")
+        wire_bytes = self.wire_bytes(config) if self.settings.wire == "auto" else None
+        return grid.fewest_bytes(size, columns, hidden, quant_config, wire_bytes)
+
+    def wire_bytes(self, config: Any) -> int | None:
+        """Return the bytes of an element on the way out where it is not the model's type."""
+        return None
+
     def agreed(self, config: Any) -> dict[str, str]:
         """Return what of the host's configuration must be equal on all ranks."""
         sizes = of(config, "compilation_config.cudagraph_capture_sizes") or ()
@@ -150,6 +172,7 @@ class Vllm(HostPass):
             "cudagraph_mode": refusals.graph_mode(config),
             "cudagraph_capture_sizes": str(sorted(sizes)) if self.graph_rows(config) else "",
             "num_speculative_tokens": str(drafted),
+            f"{GRID} of this model": str(self.grid(config)),
         }
 
     def announced(self, group: OtpGroup) -> Counts | None:

@@ -21,6 +21,7 @@ from ..errors import OprojError
 from ..settings import TOGGLE
 from ..sharding import layer as sharded
 from ..sharding.otp_group import Counts, OtpGroup
+from ..sharding.rows import Quantizer
 from . import refusals
 from .seam import Seam
 from .vllm import Vllm, attention_built
@@ -120,6 +121,28 @@ class VllmAscend(Vllm):
         if self._npu is None:
             self._npu = torch.npu.is_available() and torch.npu
         return bool(self._npu and self._npu.is_current_stream_capturing())
+
+    def wire_bytes(self, config: Any) -> int | None:
+        described = refusals.of(config, "quant_config.quant_description") or {}
+        kinds = {kind for name, kind in described.items() if name.endswith(".o_proj.weight")}
+        return 1 if kinds == {"W8A8"} and not self.traceable() else None
+
+    def quantizer(self, layer: Any) -> Quantizer | None:
+        """Return the quantization of static W8A8, whose method takes int8 rows as they are."""
+        method = getattr(layer.quant_method, "quant_method", None)
+        if type(method).__name__ != "AscendW8A8LinearMethod" or self.traceable():
+            return None
+
+        def quantize(rows: torch.Tensor) -> torch.Tensor:
+            import torch_npu
+
+            scale, offset = layer.aclnn_input_scale_reciprocal, layer.aclnn_input_offset
+            quantized: torch.Tensor = torch_npu.npu_quantize(
+                rows, scale, offset, torch.qint8, -1, False
+            )
+            return quantized
+
+        return quantize
 
     def announced(self, group: OtpGroup) -> Counts | None:
         return None  # where vllm-ascend pads some ranks only, its metadata differs between ranks

@@ -1,17 +1,18 @@
 """One step of one layer: decide, dispatch, GEMM, combine.
 
-On a group of N ranks with `T_i` rows on rank i and `K` input columns on each rank (all heads of
-this tensor-parallel rank):
+On a grid of a x b = N ranks with `T_o` rows on rank o and `K` input columns on each rank (all
+heads of this tensor-parallel rank):
 
-    x_i [T_i, K] --dispatch--> [sum(T), K/N] --GEMM--> [sum(T), hidden] --combine--> [T_i, hidden]
+    x_o [T_o, K] --dispatch--> [sum(T), K/a] --GEMM--> [sum(T), H/b] --combine--> [T_o, H]
 
-Dispatch and combine are one all-to-all each, on every backend. The owner of a row adds up its N
-partial results: that sends what a reduce-scatter sends, in one hop, rounds once, and takes
-unequal rows.
+Dispatch and combine are one all-to-all each, on every backend. Rank (i, j) of the grid gets chunk i
+of all rows. The owner of a row adds up a partial results for each of b slices of its outputs: that
+is one hop, rounds once, and takes unequal rows.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from typing import Any, NamedTuple
@@ -22,17 +23,21 @@ import torch.distributed as dist
 from . import diagnosis, rows, weight_gather
 from .otp_group import CollectiveError, Counts, OtpGroup
 
-BUFFER_BYTES = 64 << 20
-"""Of each of the three shared buffers; a step with more rows is cut into parts."""
+BUFFER_BYTES = 8 << 20
+"""Of each shared buffer in a step with more rows, which is cut into parts.
+
+There are three in each of two lanes. Two or three parts are under way at once, so a part is small.
+"""
 
 
 class Plan(NamedTuple):
     """What is settled about a layer before its first step; equal on all ranks of the group.
 
-    size: N; columns: K; hidden: outputs; element_bytes: of an activation; buffer_bytes: of one
-        shared buffer.
+    size: N; columns: K; hidden: H, outputs of all ranks; element_bytes: of an activation;
+        buffer_bytes: of one shared buffer.
     graph_rows: row count up to which a device graph may be captured (0: no graphs).
     gather_from: rows on every rank from which the weight is gathered; 0: never.
+    outputs: b of the grid; wire_bytes: of an element on the way out, if not `element_bytes`.
     """
 
     size: int
@@ -42,6 +47,19 @@ class Plan(NamedTuple):
     graph_rows: int
     gather_from: int
     buffer_bytes: int
+    outputs: int = 1
+    wire_bytes: int = 0
+
+    @property
+    def chunk(self) -> int:
+        """Input columns of one rank, K/a."""
+        return self.columns * self.outputs // self.size
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that one row on every rank takes in the largest of the buffers."""
+        out = self.chunk * (self.wire_bytes or self.element_bytes)
+        return self.size * max(out, self.hidden // self.outputs * self.element_bytes)
 
 
 class Pattern(NamedTuple):
@@ -60,8 +78,7 @@ def decide(counts: Counts, plan: Plan) -> Pattern:
     """
     if max(counts) <= plan.graph_rows:
         return Pattern(False, 1)
-    elements = plan.size * max(counts) * max(plan.columns // plan.size, plan.hidden)
-    parts = max(1, -(-elements * plan.element_bytes // plan.buffer_bytes))
+    parts = max(1, -(-max(counts) * plan.row_bytes // plan.buffer_bytes))
     return Pattern(weight_gather.wins(plan.gather_from, counts), parts)
 
 
@@ -94,81 +111,144 @@ def run(layer: Any, x: torch.Tensor) -> torch.Tensor:
 def exchange(layer: Any, x: torch.Tensor, counts: Counts, parts: int = 1) -> torch.Tensor:
     """Dispatch, multiply, combine: x [rows, K] -> [rows, hidden], in `parts` parts.
 
-    rows may be fewer than this rank's count: the rest travels as zeros.
+    rows may be fewer than this rank's count: the rest travels as zeros. While a part is
+    multiplied, the next one is on its way out and the last one on its way back.
     """
-    group = layer.oproj.group
+    shard, group, plan = layer.oproj, layer.oproj.group, layer.oproj.plan
     if parts == 1:
-        partial = layer.oproj.gemm(dispatch(x, counts, group), counts)
-        return combine(partial, counts, group)[: x.shape[0]]
-    output = x.new_empty((x.shape[0], layer.output_size))
+        sent = narrowed(x, shard.quantizer, plan)
+        partial = shard.gemm(dispatch(sent, counts, group, plan).wait(), counts)
+        return add_up(combine(partial, counts, group).wait(), plan.outputs)[: x.shape[0]]
+    # Every rank cuts every rank's rows in the same places.
+    cuts = [tuple(count * part // parts for count in counts) for part in range(parts + 1)]
+    some = [tuple(e - s for s, e in zip(*ends, strict=True)) for ends in itertools.pairwise(cuts)]
+    own = [slice(*ends) for ends in itertools.pairwise(cut[group.rank] for cut in cuts)]
+    output = x.new_empty((x.shape[0], plan.hidden))
+
+    def leave(part: int) -> Arriving:
+        sent = narrowed(x[own[part]], shard.quantizer, plan)
+        return dispatch(sent, some[part], group, plan, part % 2)
+
+    def finish(part: int, back: Arriving) -> None:
+        mine = output[own[part]]
+        mine.copy_(add_up(back.wait(), plan.outputs)[: mine.shape[0]])
+
+    # The collectives of all ranks begin in this order: out 0, out 1, back 0, out 2, back 1, ...
+    out, back = leave(0), None
     for part in range(parts):
-        # Every rank cuts every rank's rows in the same places.
-        starts = [count * part // parts for count in counts]
-        ends = [count * (part + 1) // parts for count in counts]
-        some = tuple(end - start for start, end in zip(starts, ends, strict=True))
-        own = slice(starts[group.rank], ends[group.rank])
-        output[own] = exchange(layer, x[own], some)
+        arrived = out.wait()
+        if part + 1 < parts:
+            out = leave(part + 1)
+        partial = shard.gemm(arrived, some[part])
+        before, back = back, combine(partial, some[part], group, part % 2)
+        if before is not None:
+            finish(part - 1, before)
+    assert back is not None
+    finish(parts - 1, back)
     return output
 
 
-def dispatch(x: torch.Tensor, counts: Counts, group: OtpGroup) -> torch.Tensor:
-    """Send x [rows, K] out: returns [sum(counts), K/N], rows ordered by owner, same dtype.
+class Arriving(NamedTuple):
+    """Rows on their way, and torch's handle of the collective; None: they are there."""
 
-    The result is valid until the group's next step.
+    rows: torch.Tensor
+    sent: torch.Tensor
+    work: Any
+
+    def wait(self) -> torch.Tensor:
+        """Return the rows when they have arrived. Raises CollectiveError."""
+        try:
+            if self.work is not None:
+                self.work.wait()
+        except RuntimeError as error:
+            raise CollectiveError(str(error)) from error
+        return self.rows
+
+
+def narrowed(x: torch.Tensor, quantizer: rows.Quantizer | None, plan: Plan) -> torch.Tensor:
+    """Return x [rows, K] as it travels: where there is a quantizer, in int8."""
+    if quantizer is None:
+        return x
+    if not x.shape[0]:
+        return x.to(torch.int8)
+    return quantizer(x.reshape(-1, plan.chunk)).view(x.shape)
+
+
+def dispatch(
+    x: torch.Tensor, counts: Counts, group: OtpGroup, plan: Plan, lane: int | None = None
+) -> Arriving:
+    """Send x [rows, K] out: [sum(counts), K/a] arrives, rows ordered by owner, same dtype.
+
+    lane: which buffers a part of a step uses; None: of the whole step, which waits for the rows.
+    The result is valid until the lane's next part, or the group's next step.
     """
     n, mine, given = group.size, counts[group.rank], x.shape[0]
-    chunk = x.shape[1] // n
-    send = buffer("dispatch send", (n, mine, chunk), x, group)
-    send[:, :given].copy_(x.view(given, n, chunk).transpose(0, 1))
+    ways, chunk = n // plan.outputs, plan.chunk
+    send = buffer("dispatch send", (ways, plan.outputs, mine, chunk), x, group, lane)
+    send[:, :, :given].copy_(x.view(given, ways, 1, chunk).permute(1, 2, 0, 3))
     if given < mine:
-        send[:, given:].zero_()
-    received = buffer("dispatch receive", (sum(counts), chunk), x, group)
-    _all_to_all(received, send.view(n * mine, chunk), counts, (mine,) * n, group)
-    return received
+        send[:, :, given:].zero_()
+    received = buffer("dispatch receive", (sum(counts), chunk), x, group, lane)
+    flat = send.view(n * mine, chunk)
+    work = _all_to_all(received, flat, counts, (mine,) * n, group, lane is not None)
+    return Arriving(received, flat, work)
 
 
-def combine(partial: torch.Tensor, counts: Counts, group: OtpGroup) -> torch.Tensor:
-    """Send partial [sum(counts), hidden] back: returns [T_i, hidden], summed over the group."""
-    n, mine, hidden = group.size, counts[group.rank], partial.shape[1]
-    received = buffer("combine receive", (n, mine, hidden), partial, group)
-    flat = received.view(n * mine, hidden)
-    _all_to_all(flat, partial.contiguous(), (mine,) * n, counts, group)
-    return add_up(received)
+def combine(
+    partial: torch.Tensor, counts: Counts, group: OtpGroup, lane: int | None = None
+) -> Arriving:
+    """Send partial [sum(counts), H/b] back: [N, T_o, H/b] arrives; see `dispatch`."""
+    n, mine, width = group.size, counts[group.rank], partial.shape[1]
+    received = buffer("combine receive", (n, mine, width), partial, group, lane)
+    flat, partial = received.view(n * mine, width), partial.contiguous()
+    work = _all_to_all(flat, partial, (mine,) * n, counts, group, lane is not None)
+    return Arriving(received, partial, work)
 
 
-def add_up(parts: torch.Tensor) -> torch.Tensor:
-    """Sum parts [N, rows, hidden] over N in one kernel that rounds once."""
-    if parts.shape[0] == 2:
-        return torch.add(parts[0], parts[1])
-    return parts.sum(0)  # torch accumulates 16-bit types in float32
+def add_up(parts: torch.Tensor, outputs: int = 1) -> torch.Tensor:
+    """Sum parts [a*b, rows, H/b] over a in one kernel that rounds once: returns [rows, H].
+
+    outputs: b.
+    """
+    n, rows, width = parts.shape
+    parts = parts.view(n // outputs, outputs, rows, width).transpose(1, 2)
+    if n == 2 * outputs:
+        total = parts.new_empty(parts.shape[1:])
+        torch.add(parts[0], parts[1], out=total)
+    else:
+        total = parts.sum(0)  # torch accumulates 16-bit types in float32
+    return total.view(rows, outputs * width)
 
 
-def buffer(role: str, shape: tuple[int, ...], like: torch.Tensor, group: OtpGroup) -> torch.Tensor:
+def buffer(
+    role: str, shape: tuple[int, ...], like: torch.Tensor, group: OtpGroup, lane: int | None = None
+) -> torch.Tensor:
     """Return uninitialized memory of `like`'s dtype and device, shared by all layers.
 
     A graph replays on the same addresses; `reserve` makes it large enough before the first capture.
     """
     size = math.prod(shape)
-    return group.memory((role, like.dtype), size, like.dtype, like.device)[:size].view(shape)
+    key = role, like.dtype, lane or 0
+    return group.memory(key, size, like.dtype, like.device)[:size].view(shape)
 
 
 def reserve(group: OtpGroup, like: torch.Tensor) -> None:
-    """Allocate the three buffers, typed `like` the activations, for the largest step.
+    """Allocate the buffers, typed `like` the activations, for the largest step.
 
-    That is a captured one, or a whole part of a step that is cut.
+    That is a captured one, which uses the first lane, or two parts of a step that is cut.
     """
     if not group.graph_rows:
         return
     n = group.size
     for layer in group.layers.values():
         plan = layer.oproj.plan
-        chunk = plan.columns // n
-        a_row = n * max(chunk, plan.hidden) * plan.element_bytes
         # Rows cannot be cut, so a part may have one row more than its share.
-        most = max(plan.graph_rows, plan.buffer_bytes // a_row + 1)
-        buffer("dispatch send", (n, most, chunk), like, group)
-        buffer("dispatch receive", (n * most, chunk), like, group)
-        buffer("combine receive", (n, most, plan.hidden), like, group)
+        part = plan.buffer_bytes // plan.row_bytes + 1
+        sent = like[:0].to(torch.int8) if plan.wire_bytes == 1 else like
+        for lane, most in enumerate((max(plan.graph_rows, part), part)):
+            buffer("dispatch send", (n, most, plan.chunk), sent, group, lane)
+            buffer("dispatch receive", (n * most, plan.chunk), sent, group, lane)
+            buffer("combine receive", (n, most, plan.hidden // plan.outputs), like, group, lane)
 
 
 def run_traced(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -176,27 +256,34 @@ def run_traced(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
     x [T, K] -> [T, hidden]; every rank of the group has T rows.
     """
-    group = layer.oproj.group
-    n, hidden = group.size, layer.output_size
-    count, columns = x.shape
-    send = x.view(count, n, columns // n).transpose(0, 1).reshape(n * count, columns // n)
+    group, (a, b) = layer.oproj.group, layer.oproj.grid
+    count, hidden = x.shape[0], layer.oproj.hidden
+    chunk = x.shape[1] // a
+    send = x.view(count, a, chunk).transpose(0, 1)
+    send = send.unsqueeze(1).expand(a, b, count, chunk) if b > 1 else send
+    send = send.reshape(a * b * count, chunk)
     received = torch.empty_like(send)
     dist.all_to_all_single(received, send, group=group.device_group)
     partial = layer.oproj.gemm_traced(received)
     back = torch.empty_like(partial)
     dist.all_to_all_single(back, partial, group=group.device_group)
-    return back.view(n, count, hidden).sum(0, dtype=torch.float32).to(partial.dtype)
+    parts = back.view(a, b, count, hidden // b)
+    parts = parts.transpose(1, 2) if b > 1 else parts
+    return parts.sum(0, dtype=torch.float32).to(partial.dtype).view(count, hidden)
 
 
 def _all_to_all(
     output: torch.Tensor, input_: torch.Tensor, output_rows: Counts, input_rows: Counts,
-    group: OtpGroup,
-) -> None:  # fmt: skip
+    group: OtpGroup, later: bool,
+) -> Any:  # fmt: skip
+    """Exchange rows; later: begin only, and return what to wait for."""
     equal = output_rows == input_rows and len(set(output_rows)) == 1
     # The form without splits is the one that a device graph can capture.
     splits = () if equal else (list(output_rows), list(input_rows))
     try:
-        dist.all_to_all_single(output, input_, *splits, group=group.device_group)
+        return dist.all_to_all_single(
+            output, input_, *splits, group=group.device_group, async_op=later
+        )
     except RuntimeError as error:
         raise CollectiveError(str(error)) from error
 

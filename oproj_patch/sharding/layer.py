@@ -10,19 +10,21 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .._version import __version__
 from ..errors import OprojError, OprojValueError
-from ..settings import TOGGLE
-from . import exchange, otp_group, topology, weight_gather
-from .otp_group import Counts, LayerScope, OtpGroup
-from .rows import HostPass
+from ..settings import GRID, TOGGLE
+from . import exchange, grid, otp_group, weight_gather
+from .otp_group import Counts, LayerScope, LayerTPGroup, OtpGroup
+from .rows import HostPass, Quantizer
+from .topology import Grid
 
 # A decoder's self-attention output projection, by vLLM's naming of layers ("prefix"). Not matched:
 # `self_attn.dense`, `out_proj`. Linear attentions use these names too (Bailing 2.5,
@@ -63,8 +65,11 @@ class Shard:
 
     name: key of the layer in its group; label: the name, as the custom op takes it.
     traceable: a graph compiler traces the layer as plain collectives, see `HostPass`.
+    grid: the layer's; hidden: its outputs on all ranks; whole: why it is not the group's grid.
+    tp: what the host sees as the tensor-parallel group of the layer.
     plan: see `exchange.Plan`; None before the first step.
-    cut: names of the parameters that are cut along the input.
+    quantizer: what the owner of rows quantizes them with before the way out, if it does.
+    cut: of the parameters that are cut, by name, into how many parts on the group's ranks.
     kept, saved: bytes of the parameters on this rank, and what the unsharded layer had more.
     description: what must be equal on all ranks.
     leads: ranks that agree on row counts do it anew at this layer.
@@ -80,8 +85,13 @@ class Shard:
     group: OtpGroup
     host: HostPass
     parallel_state: Any
+    grid: Grid
+    hidden: int
+    whole: str
+    tp: LayerTPGroup
     plan: exchange.Plan | None = None
-    cut: tuple[str, ...] = ()
+    quantizer: Quantizer | None = None
+    cut: dict[str, int] = field(default_factory=dict)
     kept: int = 0
     saved: int = 0
     description: str = ""
@@ -90,14 +100,14 @@ class Shard:
     mixes_rows: bool | None = None
 
     def gemm(self, x: torch.Tensor, counts: Counts = ()) -> torch.Tensor:
-        """Multiply x [sum(counts), K/N] by the local shard -> [sum(counts), hidden].
+        """Multiply x [sum(counts), K/a] by the local shard -> [sum(counts), hidden/b].
 
-        The layer's quant method does it; the bias is added on the layer's first rank only.
+        The layer's quant method does it; the bias is added on the first rank of `tp` only.
         """
         layer = self.layer
-        bias = None if self.group.layer_tp.rank_in_group > 0 or layer.skip_bias_add else layer.bias
+        bias = None if self.tp.rank_in_group > 0 or layer.skip_bias_add else layer.bias
         # Some quant methods decide by rank at this time what is added once (vllm-ascend's W8A8).
-        with LayerScope(self.parallel_state, self.group):
+        with LayerScope(self.parallel_state, self.tp):
             if self.mixes_rows and len(counts) > 1:
                 blocks = [rows for rows in x.split(list(counts)) if rows.shape[0]] or [x]
                 return torch.cat([layer.quant_method.apply(layer, b, bias) for b in blocks])
@@ -106,7 +116,7 @@ class Shard:
 
     def gemm_traced(self, x: torch.Tensor) -> torch.Tensor:
         """Do what `gemm` does for a tracer, which cannot follow the scope of vLLM's group."""
-        layer, rank = self.layer, self.group.layer_tp.rank_in_group
+        layer, rank = self.layer, self.tp.rank_in_group
         bias = None if rank > 0 or layer.skip_bias_add else layer.bias
         # vllm-ascend's wrapper would ask vLLM for the rank; it passes it on as last argument.
         wrapped = getattr(layer.quant_method, "quant_method", None)
@@ -127,12 +137,15 @@ def construct(
 ) -> None:  # fmt: skip
     """Run `init`, the host's bound constructor, so that `layer` becomes a sharded o_proj.
 
-    Raises OprojError when the input dimension cannot be divided or the host refuses.
+    Raises OprojError when the weight cannot be divided or the host refuses.
     """
     given = inspect.signature(init).bind(*args, **kwargs)
     given.apply_defaults()
     prefix, columns = given.arguments["prefix"], given.arguments["input_size"]
-    topology.check_divisible(prefix, columns, group.tp_size, group.size)
+    hidden = given.arguments["output_size"]
+    own, whole = grid.of_layer(given.arguments, group)
+    # To the host it is a row-parallel layer of these outputs alone.
+    given.arguments["output_size"] = hidden // own.outputs
     cls: type = type(layer)
     _warn_of_bypassed(cls)
     layer.__class__ = _sharded_class(cls)
@@ -143,25 +156,32 @@ def construct(
     label_type = host.label_type()
     # nn.Module.__setattr__ would look for tables that do not exist before its __init__.
     layer.__dict__["oproj"] = Shard(
-        name, label_type(name), host.traceable(), layer, group, host, parallel_state
-    )
+        name, label_type(name), host.traceable(), layer, group, host, parallel_state,
+        own, hidden, whole, group.layer_tp[own],
+    )  # fmt: skip
     try:
-        with LayerScope(parallel_state, group):
-            init(*args, **kwargs)
+        with LayerScope(parallel_state, layer.oproj.tp):
+            init(*given.args, **given.kwargs)
     except OprojError:
         raise
     except Exception as error:
-        ways = group.tp_size * group.size
+        parts = f"{group.tp_size * own.inputs} parts of {columns} input columns"
+        remedy = "choose a smaller group size"
+        if own.outputs > 1:
+            parts += f" and {own.outputs} of {hidden} outputs"
+            remedy = f"set {GRID}=Nx1"
         raise OprojValueError(
             "OPROJ006",
-            f"{TOGGLE} is {group.size}, and vLLM cannot build {prefix} as one of {ways} parts of "
-            f"{columns} input columns ({type(error).__name__}: {error}): if vLLM builds this "
-            "model with the variable unset, choose a smaller group size or report the model.",
+            f"{TOGGLE} is {group.size}, and vLLM cannot build {prefix} as one of {parts} "
+            f"({type(error).__name__}: {error}): if vLLM builds this model with the variable "
+            f"unset, {remedy} or report the model.",
         ) from error
-    _check_blocks(layer)
-    # vLLM marks a parameter that is cut along the input dimension; a quant method may replace it.
-    params = layer.named_parameters(recurse=False)
-    layer.oproj.cut = tuple(n for n, p in params if getattr(p, "input_dim", None) is not None)
+    layer.output_size = hidden  # what the layer returns; its part is output_size_per_partition
+    grid.check_blocks(layer)
+    # vLLM marks along what a parameter is cut; a quant method may replace the parameter.
+    for key, param in layer.named_parameters(recurse=False):
+        along = (getattr(param, dim, None) is not None for dim in ("input_dim", "output_dim"))
+        layer.oproj.cut[key] = math.prod(n for n, cut in zip(own, along, strict=True) if cut)
     _measure(layer)
     _see_own_group_after_loading(layer)
     group.layers[name] = layer
@@ -255,12 +275,14 @@ def settle(group: OtpGroup) -> None:
             continue
         if all(p.numel() for p in layer.parameters(recurse=False)):  # a CPU empties what it packs
             _measure(layer)
+        if group.settings.wire == "auto":
+            shard.quantizer = shard.host.quantizer(layer)
         least = weight_gather.threshold(layer, group)
-        columns, hidden = layer.input_size_per_partition * group.size, layer.output_size
-        size = layer.params_dtype.itemsize
-        captured = group.graph_rows * max(columns, group.size * hidden) * size
-        room = max(exchange.BUFFER_BYTES, captured)
-        shard.plan = exchange.Plan(group.size, columns, hidden, size, group.graph_rows, least, room)
+        shard.plan = exchange.Plan(
+            group.size, layer.input_size_per_partition * shard.grid.inputs, shard.hidden,
+            layer.params_dtype.itemsize, group.graph_rows, least, exchange.BUFFER_BYTES,
+            shard.grid.outputs, 1 if shard.quantizer else layer.params_dtype.itemsize,
+        )  # fmt: skip
         # Ranks that gather different things would wait for each other for ever.
         pieces = weight_gather.pieces(layer) if least else {}
         shapes = {name: tuple(tensor.shape) for name, tensor in pieces.items()}
@@ -272,10 +294,16 @@ def summary(group: OtpGroup) -> str:
     """Return the one line that a worker logs."""
     kept, saved = group.totals()
     gib = 1 << 30
+    shards = [layer.oproj for layer in group.layers.values()]
+    others = [shard for shard in shards if shard.whole]
+    told = f" ({len(others)} layers {others[0].grid}: {others[0].whole})" if others else ""
+    if narrow := sum(shard.quantizer is not None for shard in shards):
+        told += f"; {narrow} layers send rows in 8 bits"
     return (
         f"oproj_patch {__version__}: o_proj sharded {group.size}-way over ranks {group.ranks}: "
         f"{len(group.layers)} layers, {(kept + saved) / gib:.3f} GiB -> {kept / gib:.3f} GiB on "
-        f"this rank (saved {saved / gib:.3f} GiB){weight_gather.summary(group)}"
+        f"this rank (saved {saved / gib:.3f} GiB); grid {group.grid}{told}"
+        f"{weight_gather.summary(group)}"
     )
 
 
@@ -296,8 +324,8 @@ def _seeing_own_group(method: Callable[..., Any]) -> Callable[..., Any]:
     # vLLM <= 0.10 asks for the rank while it loads, not only while it constructs.
     @functools.wraps(method)
     def wrapper(self: Any, param: Any, loaded_weight: Any, *args: Any, **kwargs: Any) -> Any:
-        _check_loaded(self, param, loaded_weight)
-        with LayerScope(self.oproj.parallel_state, self.oproj.group):
+        loaded_weight = grid.own_outputs(self, param, loaded_weight)
+        with LayerScope(self.oproj.parallel_state, self.oproj.tp):
             return method(self, param, loaded_weight, *args, **kwargs)
 
     return wrapper
@@ -315,7 +343,7 @@ def _see_own_group_after_loading(layer: Any) -> None:
         process = type(method).process_weights_after_loading
         if not isinstance(module, ShardedMixin):
             return process(method, module, *args, **kwargs)
-        with LayerScope(module.oproj.parallel_state, module.oproj.group):
+        with LayerScope(module.oproj.parallel_state, module.oproj.tp):
             return process(method, module, *args, **kwargs)
 
     method.process_weights_after_loading = process_weights_after_loading
@@ -330,7 +358,7 @@ def _forward(self: Any, input_: torch.Tensor, *_: Any, **__: Any) -> Any:
     if shard.traceable and torch.compiler.is_compiling():
         output = exchange.run_traced(self, input_)
     else:
-        output = torch.ops.oproj_patch.o_proj.default(input_, shard.label, self.output_size)
+        output = torch.ops.oproj_patch.o_proj.default(input_, shard.label, shard.hidden)
     if self.reduce_results and group.tp_size > 1:
         output = shard.parallel_state.get_tp_group().all_reduce(output)
     if not self.return_bias:
@@ -388,7 +416,7 @@ def _mixes_rows(layer: Any, like: torch.Tensor) -> bool:
     if type(layer.quant_method).__name__.startswith("Unquantized"):
         return False
     shard = layer.oproj
-    columns = shard.plan.columns // shard.plan.size
+    columns = shard.plan.chunk
     rows = torch.arange(16 * columns, device=like.device).sin().view(16, columns).to(like.dtype)
     quiet = shard.gemm(rows)[:8].float()
     rows[8:] *= 1000
@@ -396,47 +424,13 @@ def _mixes_rows(layer: Any, like: torch.Tensor) -> bool:
     return bool((loud - quiet).abs().max() > 1e-3 * quiet.abs().max())
 
 
-def _check_blocks(layer: Any) -> None:
-    """Refuse a shard that does not hold whole quantization blocks."""
-    shard, method, width = layer.oproj, layer.quant_method, layer.input_size_per_partition
-    inner = getattr(method, "quant_method", None)
-    owners = (method, inner, getattr(layer, "scheme", None), getattr(method, "quant_config", None))
-    for owner in owners:
-        for attribute in ("group_size", "weight_block_size", "block_size"):
-            found = getattr(owner, attribute, None)
-            block = found[-1] if isinstance(found, (list, tuple)) and found else found
-            if isinstance(block, int) and block > 1 and width % block:
-                raise _no_whole_blocks(shard, f"{attribute} of {type(method).__name__}", block)
-
-
-def _check_loaded(layer: Any, param: Any, loaded: Any) -> None:
-    """Refuse a tensor that the ranks cannot share out in whole elements: blocks would be cut."""
-    dim = getattr(param, "input_dim", None)  # vLLM's mark of a parameter that is cut along it
-    if dim is None or getattr(param, "is_sharded_weight", False) or loaded.dim() != param.dim():
-        return
-    ways = layer.oproj.group.layer_tp.world_size
-    if loaded.shape[dim] > param.shape[dim] * ways:
-        what = f"{loaded.shape[dim]} elements of a loaded tensor along the input; a rank's share"
-        raise _no_whole_blocks(layer.oproj, what, param.shape[dim])
-
-
-def _no_whole_blocks(shard: Shard, what: str, block: int) -> OprojValueError:
-    return OprojValueError(
-        "OPROJ006",
-        f"{TOGGLE} is {shard.group.size}, which leaves {shard.layer.input_size_per_partition} "
-        f"input columns of {shard.name} on a rank; {what} is {block}, and accepted are sizes that "
-        "leave whole blocks on every rank: choose a smaller group size.",
-    )
-
-
 def _measure(layer: Any) -> None:
     """Record bytes and shapes of the parameters."""
     shard = layer.oproj
-    ways = shard.group.layer_tp.world_size // shard.group.tp_size
     params = list(layer.named_parameters(recurse=False))
     sizes = {name: param.numel() * param.element_size() for name, param in params}
     shard.kept = sum(sizes.values())
-    shard.saved = sum(sizes.get(name, 0) for name in shard.cut) * (ways - 1)
+    shard.saved = sum(sizes.get(name, 0) * (ways - 1) for name, ways in shard.cut.items())
     shard.description = " ".join(
         [type(layer.quant_method).__name__]
         + [f"{name}:{tuple(param.shape)}:{param.dtype}" for name, param in params]

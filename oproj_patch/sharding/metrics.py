@@ -21,7 +21,7 @@ def publish(group: OtpGroup) -> None:
     values = (group.size, len(group.layers), *group.totals())
     try:
         for gauge, value in zip(_gauges(), values, strict=True):
-            gauge.labels(str(group.ranks[group.rank])).set(value)
+            gauge.labels(str(group.ranks[group.rank]), str(group.grid)).set(value)
     except (OSError, ValueError) as error:  # the others would wait for a rank that ends for this
         told = "oproj_patch publishes no metrics here: %s"
         logging.getLogger("vllm.oproj_patch").warning(told, error)
@@ -33,7 +33,7 @@ def _gauges() -> list[Any]:
 
     # `rank` tells the workers apart, so the maximum over processes is each worker's own value.
     return [
-        Gauge(f"oproj_patch_{name}", text, ["rank"], multiprocess_mode="max")
+        Gauge(f"oproj_patch_{name}", text, ["rank", "grid"], multiprocess_mode="max")
         for name, text in (
             ("group_size", "Ranks that share one o_proj weight."),
             ("layers", "Sharded o_proj layers."),

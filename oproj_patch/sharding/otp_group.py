@@ -22,6 +22,7 @@ import torch.distributed as dist
 from ..errors import OprojError
 from ..settings import TOGGLE, Settings
 from . import agreement, topology
+from .topology import Grid
 
 Counts = tuple[int, ...]
 """Rows of each rank of the group in one forward pass, in group order."""
@@ -34,8 +35,8 @@ class CollectiveError(RuntimeError):
 class LayerTPGroup:
     """What `parallel_state.get_tp_group()` returns while vLLM handles a sharded o_proj.
 
-    It offers rank, size and all-reduce of the ranks that together hold the whole weight. It
-    refuses any other attribute, because the answer would be another group's.
+    It offers rank, size and all-reduce of the ranks that together hold the same outputs of the
+    weight. It refuses any other attribute, because the answer would be another group's.
     """
 
     def __init__(self, rank: int, ranks: Sequence[int], device_group: Any, cpu_group: Any) -> None:
@@ -72,6 +73,7 @@ class OtpGroup:
         member in vLLM's data-parallel group.
     tp_ranks: global ranks of this process's tensor-parallel group; tp_rank: its place there.
     device_group, cpu_group: process groups over `ranks` (the same object on gloo).
+    layer_tp: of the grids that a layer may have; the last is the group's.
     graph_rows: see `exchange.Plan`.
     layers: sharded layers by name; main_layers: how many are the first model's, the others are a
         drafter's; checked: how many the ranks have compared; complete: no further one is sharded.
@@ -87,7 +89,7 @@ class OtpGroup:
     tp_rank: int
     device_group: Any
     cpu_group: Any
-    layer_tp: LayerTPGroup
+    layer_tp: dict[Grid, LayerTPGroup]
     settings: Settings
     store_key: str
     graph_rows: int = 0
@@ -103,6 +105,10 @@ class OtpGroup:
 
     def __post_init__(self) -> None:
         self.size, self.tp_size = len(self.ranks), len(self.tp_ranks)
+
+    @property
+    def grid(self) -> Grid:
+        return list(self.layer_tp)[-1]
 
     def totals(self) -> tuple[int, int]:
         """Return bytes of all sharded layers: (kept on this rank, saved on this rank)."""
@@ -171,13 +177,14 @@ def agree_to_start(settings: Settings, equal: Mapping[str, str], refusal: OprojE
 
 def create(
     dp_groups: Sequence[Sequence[int]], tp_groups: Sequence[Sequence[int]], backend: str,
-    settings: Settings, key: str, like: Any = None, graph_rows: int = 0,
+    settings: Settings, key: str, like: Any = None, graph_rows: int = 0, grid: Grid | None = None,
 ) -> OtpGroup:  # fmt: skip
     """Create this process's otp group. Every rank of the world calls it at the same point.
 
     dp_groups, tp_groups: global ranks of all of vLLM's groups of that kind.
     backend: torch.distributed backend of the device group; key: from `agree_to_start`.
     like: vLLM's coordinator of this rank's data-parallel group; ours take its timeouts.
+    grid: the group's (default: Nx1, which every group has beside it).
     Raises OprojError when a group exists already.
     """
     global _current
@@ -190,18 +197,21 @@ def create(
     rank = dist.get_rank()
     otp = topology.otp_groups(dp_groups, settings.size)
     ranks, device_group, cpu_group = own = _new_groups(otp, backend, like)
-    if any(len(tp_group) > 1 for tp_group in tp_groups):
-        own = _new_groups(topology.layer_groups(otp, tp_groups), backend, like)
+    plain, layer_tp = Grid(settings.size, 1), {}
+    for each in dict.fromkeys((plain, grid or plain)):
+        members = own
+        if each != plain or any(len(tp_group) > 1 for tp_group in tp_groups):
+            lists = topology.layer_groups(otp, tp_groups, each.outputs)
+            members = _new_groups(lists, backend, like)
+        layer_tp[each] = LayerTPGroup(members[0].index(rank), *members)
     dp_ranks, tp_ranks = (
-        next(list(members) for members in groups if rank in members)
-        for groups in (dp_groups, tp_groups)
+        next(list(ranks) for ranks in groups if rank in ranks) for groups in (dp_groups, tp_groups)
     )
     _current = OtpGroup(
         ranks=ranks, rank=ranks.index(rank), dp_start=dp_ranks.index(ranks[0]),
         tp_ranks=tp_ranks, tp_rank=tp_ranks.index(rank),
         device_group=device_group, cpu_group=cpu_group,
-        layer_tp=LayerTPGroup(own[0].index(rank), *own),
-        settings=settings, store_key=f"{key}/{ranks[0]}", graph_rows=graph_rows,
+        layer_tp=layer_tp, settings=settings, store_key=f"{key}/{ranks[0]}", graph_rows=graph_rows,
     )  # fmt: skip
     return _current
 
@@ -212,8 +222,9 @@ def destroy() -> None:
     group, _current = _current, None
     if group is None:
         return
-    layer = group.layer_tp
-    groups = (group.device_group, group.cpu_group, layer.device_group, layer.cpu_group)
+    groups = [group.device_group, group.cpu_group]
+    for layer_tp in group.layer_tp.values():
+        groups += [layer_tp.device_group, layer_tp.cpu_group]
     if dist.is_initialized():
         for process_group in {id(g): g for g in groups}.values():
             dist.destroy_process_group(process_group)
@@ -252,11 +263,11 @@ class LayerScope:
     A class, because it surrounds every GEMM and a generator costs several microseconds.
     """
 
-    __slots__ = ("group", "parallel_state", "view")
+    __slots__ = ("layer_tp", "parallel_state", "view")
 
-    def __init__(self, parallel_state: Any, group: OtpGroup) -> None:
+    def __init__(self, parallel_state: Any, layer_tp: LayerTPGroup) -> None:
         self.parallel_state = parallel_state
-        self.group = group
+        self.layer_tp = layer_tp
 
     def __enter__(self) -> None:
         state = self.parallel_state
@@ -264,7 +275,7 @@ class LayerScope:
             if type(state._TP) is not _ByThread:
                 state._TP = _ByThread(state._TP)
             self.view = state._TP
-            self.view._own.setdefault(threading.get_ident(), []).append(self.group.layer_tp)
+            self.view._own.setdefault(threading.get_ident(), []).append(self.layer_tp)
 
     def __exit__(self, *_: object) -> None:
         own, thread = self.view._own, threading.get_ident()

@@ -5,13 +5,17 @@ All ranks of a group must arrive at the same counts, or their collectives do not
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..errors import OprojError
 from .otp_group import CollectiveError, Counts, OtpGroup
+
+Quantizer = Callable[[torch.Tensor], torch.Tensor]
 
 
 class HostPass:
@@ -32,6 +36,15 @@ class HostPass:
     def label_type(self) -> type:
         """Return the type in which the custom op takes a layer's name."""
         return str
+
+    def quantizer(self, layer: Any) -> Quantizer | None:
+        """Return what quantizes rows as the quant method of `layer` does before its GEMM.
+
+        It takes and returns [rows, K/a], at 8 bits an element, after loading. The method must take
+        its result in place of the rows, with the same output, and quantize each element alike
+        on all ranks: then the owner of a row quantizes it before the way out. None: it cannot.
+        """
+        return None
 
     def before_first_step(self, group: OtpGroup) -> None:
         """Compare layers and report. Every rank calls it once, before the group's first step."""

@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from ..errors import OprojValueError
-from ..settings import TOGGLE
+from ..settings import GRID, TOGGLE
+
+QUANTIZED_OUTPUTS = 128
+"""`auto` cuts the outputs of a quantized layer in multiples of it: kernels' tiles, packed words."""
+
+
+class Grid(NamedTuple):
+    """How N ranks cut a weight: rank (i, j), number `i * outputs + j`, holds one block of it.
+
+    inputs: a, in how many blocks the input columns are cut; outputs: b, the same of the outputs.
+    """
+
+    inputs: int
+    outputs: int
+
+    def __str__(self) -> str:
+        return f"{self.inputs}x{self.outputs}"
 
 
 def check_size(size: int, dp_size: int) -> None:
@@ -35,17 +52,67 @@ def otp_groups(dp_groups: Sequence[Sequence[int]], size: int) -> list[list[int]]
 
 
 def layer_groups(
-    otp: Sequence[Sequence[int]], tp_groups: Sequence[Sequence[int]]
+    otp: Sequence[Sequence[int]], tp_groups: Sequence[Sequence[int]], outputs: int = 1
 ) -> list[list[int]]:
-    """Return the ranks that together hold one whole o_proj weight, in chunk order.
+    """Return the ranks that together hold the same outputs of one o_proj weight, in chunk order.
 
-    The weight is cut into `tp * N` chunks; chunk `tp_rank * N + otp_rank` lives on the rank
-    at that place of the returned list. With tp = 1 this is the otp group itself.
+    The columns are cut into `tp * a` chunks; chunk `tp_rank * a + i` lives on the rank at that
+    place of the returned list. outputs: b of the grid; with b = 1 and tp = 1 the lists are the
+    otp groups themselves.
     """
     otp_of = {rank: group for group in otp for rank in group}
     # Tensor-parallel groups whose ranks share their otp groups give the same members.
-    members = (tuple(rank for tp in group for rank in otp_of[tp]) for group in tp_groups)
+    members = (
+        tuple(rank for tp in group for rank in otp_of[tp][j::outputs])
+        for group in tp_groups
+        for j in range(outputs)
+    )
     return [list(group) for group in dict.fromkeys(members)]
+
+
+def grids(size: int) -> list[Grid]:
+    """Return every grid of `size` ranks, the one that cuts only the input first."""
+    return [Grid(a, size // a) for a in range(size, 0, -1) if size % a == 0]
+
+
+def check_grid(text: str, size: int) -> Grid | None:
+    """Return the grid that `text` (`AxB`, either number may be N; `auto`: None) names.
+
+    Raises OprojValueError for one that is not of `size` ranks.
+    """
+    if text == "auto":
+        return None
+    grid = Grid(*(size if ways == "N" else int(ways) for ways in text.split("x")))
+    if grid in grids(size):
+        return grid
+    accepted = ", ".join(map(str, grids(size)))
+    raise OprojValueError(
+        "OPROJ002",
+        f"{GRID} is {text}, which is no grid of {size} ranks ({TOGGLE}); accepted are auto, Nx1, "
+        f"{accepted}: change one of the two, or unset {GRID}.",
+    )
+
+
+def choose_grid(
+    size: int, columns: int, hidden: int, element_bytes: int, wire_bytes: int | None = None,
+    blocks: tuple[int, int] = (1, 1),
+) -> Grid:  # fmt: skip
+    """Return the grid on which a rank sends the fewest bytes; of equal ones the largest a.
+
+    columns, hidden: K (of one tensor-parallel rank) and H, whole; blocks: the input columns and
+    the outputs that cannot be cut further. The others are as for `step_bytes`.
+    """
+    fitting = [
+        grid
+        for grid in grids(size)
+        if columns % (grid.inputs * blocks[0]) == 0 and hidden % (grid.outputs * blocks[1]) == 0
+    ]
+
+    def sent(grid: Grid) -> int:
+        chunk, outputs = columns // grid.inputs, hidden // grid.outputs
+        return step_bytes(size, chunk, outputs, element_bytes, wire_bytes)
+
+    return min(fitting, key=sent, default=Grid(size, 1))
 
 
 def check_divisible(name: str, input_size: int, tp_size: int, otp_size: int) -> None:
@@ -68,13 +135,18 @@ def legal_sizes(dp_size: int, input_size: int, tp_size: int = 1, block: int = 1)
     return [n for n in sizes if input_size % (tp_size * n * block) == 0]
 
 
-def step_bytes(size: int, columns: int, outputs: int, element_bytes: int) -> int:
+def step_bytes(
+    size: int, columns: int, outputs: int, element_bytes: int, wire_bytes: int | None = None,
+    scale_bytes: int = 0,
+) -> int:  # fmt: skip
     """Return the bytes that a rank sends in one layer per row of its own: dispatch and combine.
 
-    columns: input columns of one chunk, so that a row has `size * columns` of them; outputs: the
-        hidden size; element_bytes: of one activation.
+    columns: input columns of one chunk, K/a; outputs: of one rank, H/b; element_bytes: of one
+        activation; wire_bytes: of one on the way out, if another; scale_bytes: of the scales that
+        a chunk of a row takes along.
     """
-    return (size - 1) * (columns + outputs) * element_bytes
+    out = columns * (element_bytes if wire_bytes is None else wire_bytes) + scale_bytes
+    return (size - 1) * (out + outputs * element_bytes)
 
 
 def gather_bytes(size: int, chunk_bytes: int) -> int:
@@ -86,6 +158,6 @@ def gather_threshold(gather: int, step: int) -> int:
     """Return T*, the least rows per rank at which a gather moves no more bytes than the step.
 
     gather, step: as from `gather_bytes` and `step_bytes`, both of the same layers. Where weights
-    and activations have the same element size, T* is `K*H / (K + N*H)`, rounded up.
+    and activations have the same element size, T* is `K*H / (b*K + a*H)`, rounded up.
     """
     return max(1, -(-gather // step))

@@ -1,12 +1,12 @@
 """For many rows: fetch the other ranks' shards of a weight instead of exchanging rows.
 
-With T rows on each rank, dispatch and combine send `T * ((N-1)/N * K + (N-1) * H)` elements a
-rank, a gather sends `(N-1)/N * K * H`, whatever T is: it moves less from `T* = K*H / (K + N*H)`
-rows on when weight and activation have the same element size.
+With T rows on each rank of a grid a x b, dispatch and combine send `T * (N-1) * (K/a + H/b)`
+elements a rank, a gather sends `(N-1)/N * K * H`, whatever T is: it moves less from
+`T* = K*H / (b*K + a*H)` rows on when weight and activation have the same element size.
 
 The layer's quant method runs shard by shard, each time with the tensors of one rank in the layer,
-because some formats cannot be joined along the input. The results are summed in float32. The
-shards of all layers arrive in one buffer.
+because some formats cannot be joined. The results are summed in float32. The shards of all layers
+arrive in one buffer.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def threshold(layer: Any, group: OtpGroup) -> int:
         return wanted
     shard = sum(tensor.nbytes for tensor in pieces(layer).values())
     columns, element_bytes = layer.input_size_per_partition, layer.params_dtype.itemsize
-    step = topology.step_bytes(group.size, columns, layer.output_size, element_bytes)
+    outputs = layer.oproj.hidden // layer.oproj.grid.outputs
+    wire_bytes = 1 if layer.oproj.quantizer else element_bytes
+    step = topology.step_bytes(group.size, columns, outputs, element_bytes, wire_bytes)
     return topology.gather_threshold(topology.gather_bytes(group.size, shard), step)
 
 
@@ -105,33 +107,33 @@ def wins(least: int, counts: Counts) -> bool:
 
 def run(x: torch.Tensor, layer: Any) -> torch.Tensor:
     """Run one sharded o_proj with a gathered weight: x [T_i, K] -> [T_i, hidden]; same dtype."""
-    group = layer.oproj.group
-    shards = _gather(layer, group)
-    chunks = x.view(x.shape[0], group.size, -1).unbind(1)
-    own = group.layer_tp
-    shape = x.shape[0], layer.output_size
+    held, group = layer.oproj, layer.oproj.group
+    shards, own, (a, b) = _gather(layer, group), held.tp, held.grid
+    chunks = [chunk.contiguous() for chunk in x.view(x.shape[0], a, -1).unbind(1)]
+    shape = x.shape[0], b, held.hidden // b
     total = torch.zeros(shape, dtype=torch.float32, device=x.device)
-    for index, (chunk, shard) in enumerate(zip(chunks, shards, strict=True)):
+    for index, shard in enumerate(shards):
+        i, j = divmod(index, b)
         # Some of what a quant method adds once depends on the rank that it sees.
-        member = copy.copy(own)
-        member.rank_in_group = group.tp_rank * group.size + index
-        group.layer_tp = member
+        held.tp = copy.copy(own)
+        held.tp.rank_in_group = group.tp_rank * a + i
         try:
             with _holding(layer, shard):
-                partial = layer.oproj.gemm(chunk.contiguous())
+                total[:, j] += held.gemm(chunks[i])
         finally:
-            group.layer_tp = own
-        total += partial
-    return total.to(x.dtype)
+            held.tp = own
+    return total.view(x.shape[0], held.hidden).to(x.dtype)
 
 
 def pieces(layer: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors that belong to a layer's shard, by attribute name: all but the bias."""
+    """Return the tensors that belong to a layer's shard, by name: no bias that all ranks have."""
     held = {**layer._parameters, **layer._buffers, **vars(layer)}
+    if layer.oproj.grid.outputs == 1:
+        held.pop("bias", None)
     return {
         name: tensor.detach()
         for name, tensor in held.items()
-        if isinstance(tensor, torch.Tensor) and name != "bias" and tensor.numel()
+        if isinstance(tensor, torch.Tensor) and tensor.numel()
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -82,6 +83,7 @@ class EngineRuns:
         compiled: bool = False,
         release: str = "",
         fresh: bool = False,
+        grid: str = "",
         **options: Any,
     ) -> EngineConfig:
         """Return a configuration; `otp` None is unpatched, `options` are vLLM's own.
@@ -107,7 +109,7 @@ class EngineRuns:
             dp=dp,
             tp=tp,
             compiled=compiled,
-            env=env if otp is None else {**env, TOGGLE: str(otp)},
+            env=env if otp is None else {**env, TOGGLE: str(otp), "OPROJ_GRID": grid},
             options=options,
             extension="cpu_moe.MoeWorkerProbe" if moe else PROBE,
             python_path=(Path(__file__).parent, *path) if moe else path,
@@ -132,11 +134,19 @@ class EngineRuns:
         compiled: bool = False,
         release: str = "",
         fresh: bool = False,
+        grid: str = "",
     ) -> OfflineRun:
-        key = (model, otp, dp, tp, compiled, release, fresh)
+        key = (model, otp, dp, tp, compiled, release, fresh, grid)
         if key not in self._runs:
             config = self.config(
-                model, otp=otp, dp=dp, tp=tp, compiled=compiled, release=release, fresh=fresh
+                model,
+                otp=otp,
+                dp=dp,
+                tp=tp,
+                compiled=compiled,
+                release=release,
+                fresh=fresh,
+                grid=grid,
             )
             self._runs[key] = run = run_offline(config, spread(dp, tp))
             assert_round_sizes(run, spread(dp, tp))
@@ -144,7 +154,7 @@ class EngineRuns:
         if otp is None:
             assert_unpatched(run.workers, run.logs, tp=tp)
         else:
-            assert_sharded(run.workers, run.logs, dp=dp, otp=otp, tp=tp)
+            assert_sharded(run.workers, run.logs, dp=dp, otp=otp, tp=tp, grid=grid)
         return run
 
 
@@ -194,9 +204,15 @@ def assert_unpatched(workers: list[dict[str, Any]], logs: Sequence[str], *, tp: 
 
 
 def assert_sharded(
-    workers: list[dict[str, Any]], logs: Sequence[str], *, dp: int, otp: int, tp: int = 1
+    workers: list[dict[str, Any]],
+    logs: Sequence[str],
+    *,
+    dp: int,
+    otp: int,
+    tp: int = 1,
+    grid: str = "",
 ) -> None:
-    """Every worker of every rank holds 1/`otp`, says so, and exchanged."""
+    """Every worker of every rank holds 1/`otp`, says so, and exchanged; grid: or else Nx1."""
     assert sorted((w["dp_rank"], w["tp_rank"]) for w in workers) == [
         (d, t) for d in range(dp) for t in range(tp)
     ]
@@ -205,14 +221,15 @@ def assert_sharded(
     for worker in workers:
         assert len(worker["layers"]) == demo_model.NUM_LAYERS
         for name, layer in worker["layers"].items():
-            columns = demo_model.O_PROJ_IN // tp // otp
-            assert layer["shape"] == [demo_model.HIDDEN_SIZE, columns], name
-            assert layer["bytes"] == demo_model.HIDDEN_SIZE * columns * 4
+            inputs, outputs = map(int, (grid or f"{otp}x1").split("x"))
+            shape = [demo_model.HIDDEN_SIZE // outputs, demo_model.O_PROJ_IN // tp // inputs]
+            assert layer["shape"] == shape, name
+            assert layer["bytes"] == math.prod(shape) * 4
         assert worker["o_proj_bytes"] == kept
         status = worker["status"]
         first = worker["dp_rank"] // otp * otp
         assert status["enabled"] is True
-        assert status["size"] == otp
+        assert status["size"] == otp and status["grid"] == (grid or f"{otp}x1")
         assert list(status["otp_ranks"]) == [
             d * tp + worker["tp_rank"] for d in range(first, first + otp)
         ]
@@ -222,14 +239,14 @@ def assert_sharded(
         # At least one exchange a layer for each token of the longest request.
         assert status["exchanges"] >= max_tokens(dp, tp) * demo_model.NUM_LAYERS
         assert status["exchanges"] % demo_model.NUM_LAYERS == 0
-    assert_info_lines(logs, workers=dp * tp, otp=otp)
+    assert_info_lines(logs, workers=dp * tp, otp=otp, grid=grid or f"{otp}x1")
 
 
-def assert_info_lines(logs: Sequence[str], *, workers: int, otp: int) -> None:
+def assert_info_lines(logs: Sequence[str], *, workers: int, otp: int, grid: str) -> None:
     """Each worker said once, through vLLM's logger, how the o_proj layers are sharded."""
     found = re.findall(
         rf"INFO .*oproj_patch \S+: o_proj sharded {otp}-way over ranks \[[\d, ]+\]: "
-        rf"{demo_model.NUM_LAYERS} layers, ",
+        rf"{demo_model.NUM_LAYERS} layers, .*; grid {grid}",
         "\n".join(logs),
     )
     assert len(found) == workers, found

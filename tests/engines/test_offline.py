@@ -49,6 +49,18 @@ def test_four_ranks(runs: EngineRuns, otp: int) -> None:
     assert_same_tokens(runs.off(STORY_TELLER), on)
 
 
+def test_two_by_two(runs: EngineRuns) -> None:
+    """DP=4, otp=4: each rank has half of the columns and half of the outputs."""
+    on = runs.on(STORY_TELLER, 4, dp=4, grid="2x2")
+    assert_same_tokens(runs.off(STORY_TELLER), on)
+
+
+def test_output_cut_compiled(runs: EngineRuns) -> None:
+    """DP=2, otp=2: each rank has all columns of half of the outputs."""
+    on = runs.on(MOE, 2, compiled=True, grid="1x2")
+    assert_same_tokens(runs.off(MOE, compiled=True), on)
+
+
 def test_tensor_parallel(runs: EngineRuns) -> None:
     """TP=2 x DP=2, otp=2: groups [0, 2] and [1, 3]; vLLM's own all-reduce follows ours."""
     on = runs.on(STORY_TELLER, 2, tp=2)

@@ -603,7 +603,7 @@ def passed(told: Told) -> bool:
 def main() -> None:
     """Run `scenarios` of each mode told on standard input; answer a JSON line for each.
 
-    With `"refusing": false` the package refuses no mode at the start.
+    With `"refusing": false` the package refuses no mode at the start; `grid` is OPROJ_GRID.
     """
     wanted: list[dict[str, Any]] = json.load(sys.stdin)
     answers = os.fdopen(os.dup(1), "w")
@@ -613,7 +613,8 @@ def main() -> None:
 
     for given in wanted:
         rules = refusals.RULES if given.pop("refusing", True) else ()
-        with mock.patch.object(refusals, "RULES", rules):
+        env = {"OPROJ_GRID": given.pop("grid", "")}
+        with mock.patch.object(refusals, "RULES", rules), mock.patch.dict(os.environ, env):
             found = scenarios(**given)
         answers.write(json.dumps(found) + "\n")
         answers.flush()

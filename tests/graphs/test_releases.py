@@ -89,6 +89,8 @@ def run(host: Host) -> tuple[dict[str, dict[str, list[Told]]], str]:
             runs[f"{mode} drafter"] = {"mode": mode, "plans": {"drafter": plan}, "drafting": True}
     for mode in wanted(host).keys() & {mode for release, mode in REFUSED if release == str(host)}:
         runs[f"{mode} all the same"] = {"mode": mode, "plans": WHY, "refusing": False}
+    if host in NEWEST:
+        runs["1x2"] = {"mode": default(host), "plans": ON_GRID, "grid": "1x2"}
     env = environment(host) | {
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
@@ -123,6 +125,7 @@ REFUSED = {
     ("ascend-0.11.0", "FULL_DECODE_ONLY"): "ranks do not agree on a full graph there",
     ("vllm-0.12.0", "FULL_DECODE_ONLY"): "its runner asserts that no rank decodes while another",
 }
+ON_GRID = {name: PLANS[name] for name in ("all busy", "one idle", "straddling", "gathered")}
 WHY = {name: PLANS[name] for name in ("one idle", "one prefilling")}
 # Releases that end by an assertion of their own, with the shim and without it, in FULL with drafts
 # of one token: they capture an odd number of rows then, and an idle rank's row is padded to it.
@@ -163,6 +166,26 @@ def test_cell(host: Host, mode: str, scenario: str) -> None:
     if (host.kind, mode, scenario) == ("vllm", "FULL", "drafter") and host.version in ASSERTING:
         assert any(ASSERTION in told.get("error", "") for told in ranks)
         return
+    right(ranks, scenario)
+    for told in ranks:
+        graphs = mode != "NONE" and (str(host), mode) not in WITHOUT_GRAPHS
+        assert (told["captures"] > 0) == graphs
+
+
+@pytest.mark.timeout(SECONDS + 60)
+@pytest.mark.parametrize("host", NEWEST, ids=str)
+def test_output_cut(host: Host) -> None:
+    """The same in the default mode, where each rank has half of the outputs."""
+    told_by_run, printed = run(host)
+    assert "1x2" in told_by_run, printed[-3000:]
+    for scenario in ON_GRID:
+        ranks = told_by_run["1x2"][scenario]
+        right(ranks, scenario)
+        assert all(told["captures"] > 0 for told in ranks)
+
+
+def right(ranks: Sequence[Told], scenario: str) -> None:
+    """Both ranks finished, and every request's output is that of whole weights in float64."""
     for rank, told in enumerate(ranks):
         assert "hung" not in told, f"rank {rank} hung in {told['hung'][:3]}, peers: {_ends(ranks)}"
         assert "error" not in told, told["error"]
@@ -170,8 +193,6 @@ def test_cell(host: Host, mode: str, scenario: str) -> None:
         for step, error in zip(PLANS[scenario], told["errors"], strict=True):
             assert (error is None) == (not step[rank])
             assert error is None or error < TOLERANCE
-        graphs = mode != "NONE" and (str(host), mode) not in WITHOUT_GRAPHS
-        assert (told["captures"] > 0) == graphs
 
 
 @pytest.mark.timeout(SECONDS + 60)

@@ -20,10 +20,10 @@ import torch
 
 from oproj_patch.releases import ASCEND_RELEASES
 from tests.ranks import launch
-from tests.ranks.layers import whole
+from tests.ranks.layers import on_grid, whole
 
 from . import ascend
-from .ascend import changed, check_attention, check_steps, forward_context, own_part, refused
+from .ascend import changed, check_attention, check_steps, forward_context, refused
 from .ascend_drafter import draft_checkpoint, proposer_of
 from .ascend_kernels import kernels, kernels_stood_in, quantization_kernels
 from .parts import Parts, Ran
@@ -116,29 +116,72 @@ def test_model_with_idle_ranks_and_profile_run(here: Here) -> None:
 
 @part()
 def test_w8a8_static_with_a_stand_in_for_npu_quant_matmul(here: Here) -> None:
-    layer, error, scale = _quantized(here.config, "W8A8", 10, [32, 128])
+    for outputs, shape in ((1, [32, 128]), (2, [16, 256])):
+        layer, error, scale = _quantized(here.config, "W8A8", 10, shape, outputs)
+        # Integers are exact; what differs is the rounding of two bfloat16 partial results.
+        assert error <= (8e-3 * scale if outputs == 1 else 0)
+        _same_in_both_wires(layer, here.config)
     assert type(layer.quant_method.quant_method).__name__ == "AscendW8A8LinearMethod"
-    # Integers are exact; what differs is the rounding of two bfloat16 partial results.
-    assert error <= 8e-3 * scale
+
+
+def _same_in_both_wires(layer: Any, config: Any) -> None:
+    """The owner's int8 rows give the same bits as rows that the receiver quantizes: also no rows.
+
+    Bytes are counted at the collectives, the kernel that quantizes by its calls.
+    """
+    import torch_npu
+
+    from oproj_patch.sharding import exchange
+
+    shard, mine = layer.oproj, config.parallel_config.data_parallel_rank
+    sent: list[int] = []
+    quantized: list[int] = []
+    send, quantize = exchange._all_to_all, torch_npu.npu_quantize
+
+    def counted(output: Any, input_: torch.Tensor, *given: Any) -> None:
+        sent.append(input_.nbytes)
+        send(output, input_, *given)
+
+    def told(rows: torch.Tensor, *given: Any) -> torch.Tensor:
+        quantized.append(rows.numel())
+        return quantize(rows, *given)
+
+    (a, b), plan = shard.grid, shard.plan
+    assert (plan.wire_bytes, plan.element_bytes) == (1, 2)
+    with changed(exchange, "_all_to_all", counted), changed(torch_npu, "npu_quantize", told):
+        for counts in ([3, 5], [0, 4], [2, 2]):
+            x = whole(counts[mine], 256, torch.bfloat16, seed=80 + mine) * 4
+            with torch.inference_mode():
+                narrow = exchange.exchange(layer, x, tuple(counts))
+                with changed(shard, "quantizer", None):
+                    wide = exchange.exchange(layer, x, tuple(counts))
+            assert torch.equal(narrow, wide) and narrow.dtype == torch.bfloat16
+            rows, chunk, back = counts[mine], 256 // a, sum(counts) * 32 // b * 2
+            assert sent == [2 * rows * chunk, back, 2 * rows * chunk * 2, back]
+            assert quantized == [rows * 256] * bool(rows) + [sum(counts) * chunk]
+            sent.clear()
+            quantized.clear()
 
 
 @part()
 def test_w8a8_dynamic_with_stand_ins_for_npu_dynamic_quant_and_npu_quant_matmul(
     here: Here,
 ) -> None:
-    layer, error, scale = _quantized(here.config, "W8A8_DYNAMIC", 11, [32, 128])
+    for outputs, shape in ((1, [32, 128]), (2, [16, 256])):
+        layer, error, scale = _quantized(here.config, "W8A8_DYNAMIC", 11, shape, outputs)
+        # Each rank scales its own part of a row, as under ordinary tensor parallelism.
+        assert error <= (2e-2 * scale if outputs == 1 else 0)
     assert type(layer.quant_method.quant_method).__name__ == "AscendW8A8DynamicLinearMethod"
-    # Each rank scales its own part of a row, as under ordinary tensor parallelism.
-    assert error <= 2e-2 * scale
 
 
 @part()
 def test_w4a8_with_a_stand_in_for_npu_weight_quant_batchmatmul(here: Here) -> None:
-    layer, error, scale = _quantized(
-        here.config, "W4A8_DYNAMIC", 12, [32, 128], weight_scale_second=[32, 4]
-    )
+    for outputs, shape, groups in ((1, [32, 128], [32, 4]), (2, [16, 256], [16, 8])):
+        layer, error, scale = _quantized(
+            here.config, "W4A8_DYNAMIC", 12, shape, outputs, weight_scale_second=groups
+        )
+        assert error <= (8e-3 * scale if outputs == 1 else 0)
     assert type(layer.quant_method.quant_method).__name__ == "AscendW4A8DynamicLinearMethod"
-    assert error <= 8e-3 * scale
 
 
 def _quant_config(description: dict[str, Any]) -> Any:
@@ -153,9 +196,11 @@ def _quant_config(description: dict[str, Any]) -> Any:
 
 
 def _quantized(
-    config: Any, kind: str, place: int, weight: list[int], **shapes: list[int]
+    config: Any, kind: str, place: int, weight: list[int], outputs: int = 1, **shapes: list[int]
 ) -> tuple[Any, float, float]:
     """Return the sharded layer; its largest error from, and the scale of, the unsharded one.
+
+    outputs: into how many parts its outputs are cut; the others of the group's ranks cut the input.
 
     Both are of vllm-ascend's quant method. The unsharded one has a name that is no o_proj's.
     Tensors go through each parameter's own weight loader, and are checked bit for bit; `weight`
@@ -164,22 +209,26 @@ def _quantized(
     from vllm.model_executor.layers.linear import RowParallelLinear
 
     columns, hidden = 256, 32
+    place += 100 * (outputs - 1)  # vllm-ascend 0.11.0 builds each name once
     names = [f"model.layers.{place}.self_attn.o_proj", f"model.layers.{place}.mlp.down_proj"]
     description = {f"{name}.weight": kind for name in names}
     config.quant_config = _quant_config({**description, "group_size": 32})
-    layer, unsharded = (
-        RowParallelLinear(
-            columns,
-            hidden,
-            bias=False,
-            quant_config=config.quant_config,
-            prefix=name,
-            params_dtype=torch.bfloat16,
-        )
-        for name in names
-    )
     mine = config.parallel_config.data_parallel_rank
     tp = config.parallel_config.tensor_parallel_size
+    inputs = config.parallel_config.data_parallel_size // outputs
+    with on_grid(inputs, outputs):
+        layer, unsharded = (
+            RowParallelLinear(
+                columns,
+                hidden,
+                bias=False,
+                quant_config=config.quant_config,
+                prefix=name,
+                params_dtype=torch.bfloat16,
+            )
+            for name in names
+        )
+    assert layer.oproj.grid == (inputs, outputs)
     for seed, (name, parameter) in enumerate(unsharded.named_parameters()):
         cut = getattr(parameter, "input_dim", None) is not None
         own = dict(layer.named_parameters())[name]
@@ -191,7 +240,12 @@ def _quantized(
         )
         own.weight_loader(own, full)
         parameter.weight_loader(parameter, full)
-        part = own_part(full, config) if cut else full
+        part = full
+        if cut:
+            tp_rank = int(os.environ["RANK"]) % tp
+            part = part.chunk(tp * inputs, 1)[tp_rank * inputs + mine // outputs]
+        if getattr(parameter, "output_dim", None) is not None:
+            part = part.chunk(outputs)[mine % outputs]
         assert torch.equal(own.data, part.view_as(own.data)), name
     found = {name: list(parameter.shape) for name, parameter in layer.named_parameters()}
     assert found == found | {"weight": weight} | shapes
@@ -245,7 +299,7 @@ def test_layers_are_refused_by_name_with_a_remedy(here: Here) -> None:
     from vllm_ascend.ops import linear_op
 
     from oproj_patch.hosts import vllm_ascend
-    from oproj_patch.sharding import layer as sharded
+    from oproj_patch.sharding import grid
 
     config = here.config
     name = "model.layers.30.self_attn.o_proj"
@@ -273,7 +327,7 @@ def test_layers_are_refused_by_name_with_a_remedy(here: Here) -> None:
     chosen("SequenceRowParallelOp", 1, "")
     assert layer.custom_op is None
     layer.input_size_per_partition = 40
-    told(f"leaves 40 input columns of {name} on a rank", sharded._check_blocks, "OPROJ006")
+    told(f"leaves 40 input columns of {name} on a rank", grid.check_blocks, "OPROJ006")
     layer.input_size_per_partition = 128
     module = next(
         name
@@ -417,7 +471,10 @@ def sparse_of_its_own(model: str) -> None:
 
 @pytest.mark.parametrize("host", [NEWEST], indirect=True, ids=str)
 def test_two_tensor_parallel_ranks_and_quant_bias_once(host: Host, tmp_path: Path) -> None:
-    """Four ranks: each weight is split four ways, and the static method adds its bias once."""
+    """Four ranks: each weight is split four ways, and the static method adds its bias once.
+
+    Two tensor-parallel by two data-parallel ranks, which cut the input or the output.
+    """
     model = ascend.write_model(tmp_path, ascend.DEEPSEEK)
     env = ascend.variables(host, 2)
     launch.run(4, two_tensor_parallel, model, env=env, fresh=True, seconds=SECONDS)
@@ -432,7 +489,25 @@ def two_tensor_parallel(model: str) -> None:
         quantization_kernels()
         check_steps(config, ascend.build(config), "AscendMLAImpl", PLAN)
         assert list(oproj_patch.status().otp_ranks) == [tp_rank, tp_rank + 2]
-        layer, error, scale = _quantized(config, "W8A8", 10, [32, 64])
-        # What the bias is worth in the result.
+        for outputs, shape in ((1, [32, 64]), (2, [16, 128])):
+            layer, error, scale = _quantized(config, "W8A8", 10, shape, outputs)
+            # What the bias is worth in the result.
+            bias = float((layer.quant_bias.float() * layer.deq_scale.float()).abs().min())
+            assert error <= 8e-3 * scale < bias / 4
+
+
+@pytest.mark.parametrize("host", [NEWEST], indirect=True, ids=str)
+def test_grid_and_quant_bias_once(host: Host, tmp_path: Path) -> None:
+    """Four data-parallel ranks on a real grid of 2 x 2."""
+    model = ascend.write_model(tmp_path, ascend.DEEPSEEK)
+    env = {**ascend.variables(host, 4), "OPROJ_GRID": "2x2"}
+    launch.run(4, two_by_two, model, env=env, fresh=True, seconds=SECONDS)
+
+
+def two_by_two(model: str) -> None:
+    with ascend.worker(model, 4) as config:
+        kernels()
+        quantization_kernels()
+        layer, error, scale = _quantized(config, "W8A8", 10, [16, 128], 2)
         bias = float((layer.quant_bias.float() * layer.deq_scale.float()).abs().min())
         assert error <= 8e-3 * scale < bias / 4

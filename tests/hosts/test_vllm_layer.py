@@ -34,6 +34,7 @@ from tests.ranks.layers import (
     load,
     made,
     model_groups,
+    on_grid,
     place,
     reference,
     whole,
@@ -331,6 +332,13 @@ def test_forward_eager(here: Here) -> None:
 
 
 @part()
+def test_output_cut(here: Here) -> None:
+    """Each rank has half of the outputs: on the grid 1x2."""
+    with on_grid(1, 2):
+        _forwards("cut", [[3, 1], [5, 5], [0, 7]], here)
+
+
+@part()
 def test_idle_rank(here: Here) -> None:
     """Steps in which a rank has no row."""
     _forwards("idle", [[4, 0], [0, 3], [0, 0], [2, 2]], here)
@@ -382,6 +390,13 @@ def _equal(
 def test_quantized(here: Here) -> None:
     """Per quantization: every parameter's shape, and that it holds its part of the whole."""
     shapes = {name: _quantized(name, here) for name in _QUANTIZED}
+    with on_grid(1, 2):
+        cut = {name: _quantized(name, here, "cut") for name in _QUANTIZED}
+    assert cut["fp8 block"] in ({}, {"weight": [128, 512], "weight_scale_inv": [1, 4]})
+    assert cut["W8A8"] == {"weight": [128, 512], "weight_scale": [128, 1]}
+    assert cut["AWQ"] == {"qweight": [512, 16], "qzeros": [8, 16], "scales": [8, 128]}
+    assert cut["GPTQ"].pop("g_idx", [512]) == [512]
+    assert cut["GPTQ"] == {"qweight": [64, 128], "qzeros": [8, 16], "scales": [8, 128]}
     if shapes["fp8 block"] or not in_range(here.host.version, "0.19"):
         assert shapes["fp8 block"] == {"weight": [256, 256], "weight_scale_inv": [2, 2]}
     assert shapes["W8A8"] == {"weight": [256, 256], "weight_scale": [256, 1]}
@@ -457,8 +472,8 @@ _QUANTIZED: dict[str, Callable[[], Any]] = {
 }
 
 
-def _quantized(name: str, here: Here) -> dict[str, list[int]]:
-    prefix = f"{name.replace(' ', '_')}.{O_PROJ}"
+def _quantized(name: str, here: Here, where: str = "") -> dict[str, list[int]]:
+    prefix = f"{name.replace(' ', '_')}{where}.{O_PROJ}"
     quant_config = _QUANTIZED[name]()
     options = {"quant_config": quant_config, "params_dtype": torch.bfloat16}
     try:
@@ -473,7 +488,8 @@ def _quantized(name: str, here: Here) -> dict[str, list[int]]:
     generator = torch.Generator().manual_seed(7)
     for key, param in layer.named_parameters():
         shape = list(param.shape)
-        cut = getattr(param, "input_dim", None)
+        dim = ("input_dim", "output_dim")[layer.oproj.grid.outputs - 1]
+        cut = getattr(param, dim, None)
         if cut is not None:
             shape[cut] *= SIZE
         data = torch.randint(0, 100, shape, generator=generator).to(param.dtype)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -48,7 +49,7 @@ def world() -> Iterator[None]:
     parallel_state.init_distributed_environment(
         world_size=int(os.environ["WORLD_SIZE"]),
         rank=rank,
-        distributed_init_method="tcp://127.0.0.1:" + os.environ["MASTER_PORT"],
+        distributed_init_method="tcp://{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ),
         local_rank=rank,
         backend="gloo",
     )
@@ -117,6 +118,26 @@ def cut_up(buffer: int | None = None) -> Iterator[None]:
     from oproj_patch.sharding import exchange
 
     with mock.patch.object(exchange, "BUFFER_BYTES", buffer or exchange.BUFFER_BYTES):
+        yield
+
+
+@contextlib.contextmanager
+def on_grid(inputs: int, outputs: int) -> Iterator[None]:
+    """Let the layers that are built in it take another grid, in the same groups.
+
+    Its layer groups have no process groups, which few quantization methods use.
+    """
+    from oproj_patch.sharding import otp_group
+    from oproj_patch.sharding.topology import Grid
+
+    group, grid = otp_group.require("the test"), Grid(inputs, outputs)
+    place = group.tp_rank * inputs + group.rank // outputs
+    own = otp_group.LayerTPGroup(place, range(group.tp_size * inputs), None, None)
+    settings = replace(group.settings, grid=str(grid))
+    with (
+        mock.patch.object(group, "layer_tp", {**group.layer_tp, grid: own}),
+        mock.patch.object(group, "settings", settings),
+    ):
         yield
 
 

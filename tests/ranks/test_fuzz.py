@@ -1,4 +1,4 @@
-"""Random layouts, rows and shapes: the sharded layer equals the unsharded one.
+"""Random layouts, grids, rows and shapes: the sharded layer equals the unsharded one.
 
 OPROJ_TEST_FUZZ_EXAMPLES is the number of examples in all (default 200); the processes are real
 and live through all of them, so a rank that is left behind in one example fails the next.
@@ -20,23 +20,33 @@ from tests.ranks import launch
 from tests.ranks.launch import World
 from tests.ranks.layers import O_PROJ, cut_up, finish, groups, made, reference, whole
 
-# (data-parallel size, tensor-parallel size, group size): every group size from 2 to 8.
+# (data-parallel size, tensor-parallel size, group size, b of the grid): every size from 2 to 8.
 LAYOUTS = [
-    (2, 1, 2),
-    (3, 1, 3),
-    (4, 1, 4),
-    (5, 1, 5),
-    (6, 1, 6),
-    (7, 1, 7),
-    (8, 1, 8),
-    (4, 1, 2),
-    (6, 1, 3),
-    (8, 1, 4),
-    (2, 2, 2),
-    (4, 2, 4),
-    (4, 2, 2),
-    (2, 3, 2),
-    (2, 4, 2),
+    (2, 1, 2, 2),
+    (4, 1, 4, 2),
+    (6, 1, 6, 2),
+    (6, 1, 6, 3),
+    (8, 1, 8, 2),
+    (8, 1, 8, 4),
+    (8, 1, 8, 8),
+    (8, 1, 4, 2),
+    (4, 2, 4, 2),
+    (4, 2, 4, 4),
+    (2, 1, 2, 1),
+    (3, 1, 3, 1),
+    (4, 1, 4, 1),
+    (5, 1, 5, 1),
+    (6, 1, 6, 1),
+    (7, 1, 7, 1),
+    (8, 1, 8, 1),
+    (4, 1, 2, 1),
+    (6, 1, 3, 1),
+    (8, 1, 4, 1),
+    (2, 2, 2, 1),
+    (4, 2, 4, 1),
+    (4, 2, 2, 1),
+    (2, 3, 2, 1),
+    (2, 4, 2, 1),
 ]
 EXAMPLES = int(os.environ.get("OPROJ_TEST_FUZZ_EXAMPLES", "200"))
 SECONDS_TO_START = 180
@@ -50,15 +60,16 @@ ROWS = st.one_of(st.just(0), st.integers(1, 8), st.integers(0, 512))
 
 @dataclass(frozen=True)
 class Layout:
-    """The data-parallel and tensor-parallel sizes, the group size, where the ranks meet."""
+    """The data-parallel and tensor-parallel sizes, the group's, its grid, where the ranks meet."""
 
     dp: int
     tp: int
     size: int
+    outputs: int
     port: int
 
 
-def examples(dp: int, tp: int, size: int) -> st.SearchStrategy[dict[str, Any]]:
+def examples(dp: int, tp: int, size: int, outputs: int) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries(
         {
             "rows": st.lists(
@@ -70,10 +81,11 @@ def examples(dp: int, tp: int, size: int) -> st.SearchStrategy[dict[str, Any]]:
                 max_size=2,
             ),
             "columns": st.integers(1, 40).map(lambda width: width * tp * size),
-            "hidden": st.integers(1, 96),
+            "hidden": st.integers(1, 96).map(lambda width: -(-width // outputs) * outputs),
             "dtype": st.sampled_from(sorted(TOLERANCE)),
             "bias": st.booleans(),
-            "skip_bias_add": st.booleans(),
+            # A grid is refused for a bias that the host adds.
+            "skip_bias_add": st.booleans() if outputs == 1 else st.just(False),
             "told": st.booleans(),
             "parallel_input": st.booleans(),
             "buffer": st.sampled_from([500, 5000, 64 << 20]),
@@ -82,9 +94,11 @@ def examples(dp: int, tp: int, size: int) -> st.SearchStrategy[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("world", [8], indirect=True)
-@pytest.mark.parametrize(("dp", "tp", "size"), LAYOUTS)
-def test_equal_to_the_unsharded_layer(world: World, dp: int, tp: int, size: int) -> None:
-    layout = Layout(dp, tp, size, launch.free_port())
+@pytest.mark.parametrize(("dp", "tp", "size", "outputs"), LAYOUTS)
+def test_equal_to_the_unsharded_layer(
+    world: World, dp: int, tp: int, size: int, outputs: int
+) -> None:
+    layout = Layout(dp, tp, size, outputs, launch.free_port())
     world.run(join, layout, seconds=SECONDS_TO_START)
     ran = [0]
 
@@ -96,7 +110,7 @@ def test_equal_to_the_unsharded_layer(world: World, dp: int, tp: int, size: int)
         phases=[Phase.explicit, Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(examples(dp, tp, size))
+    @given(examples(dp, tp, size, outputs))
     def equal(example: dict[str, Any]) -> None:
         world.run(right, layout, example, seconds=SECONDS_AN_EXAMPLE)
         ran[0] += 1
@@ -122,6 +136,7 @@ def join(layout: Layout) -> None:
     oproj_patch.disable()
     _joined, _groups = layout, contextlib.ExitStack()
     if rank < layout.dp * layout.tp:
+        os.environ["OPROJ_GRID"] = f"{layout.size // layout.outputs}x{layout.outputs}"
         oproj_patch.enable(layout.size)
         os.environ.update(
             WORLD_SIZE=str(layout.dp * layout.tp),
@@ -160,7 +175,8 @@ def _right(layout: Layout, example: dict[str, Any]) -> None:
         skip_bias_add=example["skip_bias_add"],
         input_is_parallel=example["parallel_input"],
     )
-    assert layer.weight.shape == (hidden, columns // (layout.tp * layout.size))
+    inputs = layout.tp * layout.size // layout.outputs
+    assert layer.weight.shape == (hidden // layout.outputs, columns // inputs)
     finish(layer)
     before = oproj_patch.status().exchanges
     for step, counts in enumerate(example["rows"]):

@@ -322,17 +322,18 @@ def loaded() -> None:
 
 
 @two_ranks
-def test_weights_loaded_again(world: World) -> None:
-    world.run(loaded_again)
+@pytest.mark.parametrize("grid", ["2x1", "1x2"])
+def test_weights_loaded_again(world: World, grid: str) -> None:
+    world.run(loaded_again, grid)
 
 
-def loaded_again() -> None:
+def loaded_again(grid: str) -> None:
     """In a rank: other weights in a processed layer, by vLLM's layerwise reload and without it."""
     from vllm.model_executor.model_loader import reload
     from vllm.model_executor.parameter import ModelWeightParameter
 
-    with sharding(2, 2) as config:
-        rank, width = config.parallel_config.data_parallel_rank, COLUMNS // 2
+    with sharding(2, 2, OPROJ_GRID=grid) as config:
+        rank, cut = config.parallel_config.data_parallel_rank, int(grid == "2x1")
         model = torch.nn.Module()
         layer = model.o_proj = build(O_PROJ, HIDDEN, COLUMNS, bias=True)
         x = whole(5, COLUMNS, torch.float32, seed=70 + rank)
@@ -355,13 +356,13 @@ def loaded_again() -> None:
             right(weight, bias)
         layer = model.o_proj
         layer.weight = ModelWeightParameter(
-            data=torch.empty(HIDDEN, width), input_dim=1, output_dim=0,
+            data=torch.empty_like(weight.chunk(2, cut)[rank]), input_dim=1, output_dim=0,
             weight_loader=layer.weight_loader_v2,
         )  # fmt: skip
         layer.update_param_tp_status()
         weight = whole(HIDDEN, COLUMNS, torch.float32, seed=40)
         load(layer, weight, bias)
-        assert place(layer.weight.data, weight) == [rank * width]
+        assert torch.equal(layer.weight.data, weight.chunk(2, cut)[rank])
         finish(layer)
         right(weight, bias)
 

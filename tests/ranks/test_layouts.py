@@ -115,15 +115,16 @@ def built(layout: dict[str, int]) -> None:
             )
             group = otp_group.current()
             assert group is not None
-            assert group.layer_tp.rank == rank == group.ranks[group.rank]
+            layer_tp = group.layer_tp[group.grid]
+            assert layer_tp.rank == rank == group.ranks[group.rank]
             assert dist.get_process_group_ranks(group.device_group) == sorted(group.ranks)
             assert wanted == {
                 "ranks": group.ranks,
                 "rank": group.rank,
                 "dp_start": group.dp_start,
                 "tp": [group.tp_rank, group.tp_size],
-                "layer_ranks": group.layer_tp.ranks,
-                "chunk": group.layer_tp.rank_in_group,
+                "layer_ranks": layer_tp.ranks,
+                "chunk": layer_tp.rank_in_group,
             }
             parallel_state.destroy_model_parallel()
             assert otp_group.current() is None

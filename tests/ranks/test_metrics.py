@@ -25,7 +25,7 @@ def test_every_worker_is_seen_through_the_multiprocess_registry(tmp_path: Path) 
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry, path=str(tmp_path))
     for rank in (0, 1):
-        label = {"rank": str(rank)}
+        label = {"rank": str(rank), "grid": "2x1"}
         value = {
             name: registry.get_sample_value(f"oproj_patch_{name}", label)
             for name in ("group_size", "layers", "kept_bytes", "saved_bytes")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import given
@@ -147,6 +148,7 @@ def test_a_step_communicates_alike_whatever_a_rank_knows_alone(
 
 
 @pytest.mark.parametrize("graph_rows", [8, 512])
+@hypothesis.settings(deadline=None)
 @given(st.lists(st.integers(0, 3000), min_size=4, max_size=4))
 def test_no_step_needs_more_memory_than_is_reserved(graph_rows: int, counts: list[int]) -> None:
     """A captured graph holds the addresses of the buffers, so they never move after `reserve`."""
@@ -158,10 +160,38 @@ def test_no_step_needs_more_memory_than_is_reserved(graph_rows: int, counts: lis
     before = {key: memory.data_ptr() for key, memory in group.buffers.items()}
     parts = exchange.decide(tuple(counts), plan).parts
     for part in range(parts):
+        lane = part % 2
         some = [c * (part + 1) // parts - c * part // parts for c in counts]
         for mine in some:  # on each rank
-            exchange.buffer("dispatch send", (4, mine, 16), x, group)
-            exchange.buffer("dispatch receive", (sum(some), 16), x, group)
-            exchange.buffer("combine receive", (4, mine, 40), x, group)
+            exchange.buffer("dispatch send", (4, mine, 16), x, group, lane)
+            exchange.buffer("dispatch receive", (sum(some), 16), x, group, lane)
+            exchange.buffer("combine receive", (4, mine, 40), x, group, lane)
     assert {key: memory.data_ptr() for key, memory in group.buffers.items()} == before
     assert group.outgrown == []
+
+
+def test_parts_begin_in_one_order_and_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a part is multiplied, the next is on its way out and the last on its way back."""
+    told: list[str] = []
+
+    def begun(output: Any, input_: torch.Tensor, *_: Any) -> Any:
+        number = sum(name.startswith("begin") for name in told)
+        told.append(f"begin {number}")
+        output.zero_()
+        return SimpleNamespace(wait=lambda: told.append(f"wait {number}"))
+
+    def gemm(x: torch.Tensor, _: Any) -> torch.Tensor:
+        told.append("gemm")
+        return x.new_ones(x.shape[0], 40)
+
+    plan = Plan(2, 64, 40, 4, 0, 0, 1)
+    group: Any = OtpGroup([0, 1], 0, 0, [0], 0, None, None, None, None, "")
+    shard = SimpleNamespace(group=group, plan=plan, gemm=gemm, quantizer=None)
+    monkeypatch.setattr(exchange, "_all_to_all", begun)
+    exchange.exchange(SimpleNamespace(oproj=shard), torch.zeros(5, 64), (5, 7), parts=3)
+    # Out 0, out 1, back 0, out 2, back 1, back 2 are 0 to 5.
+    assert told == [
+        "begin 0", "wait 0", "begin 1", "gemm", "begin 2",
+        "wait 1", "begin 3", "gemm", "begin 4", "wait 2",
+        "wait 3", "gemm", "begin 5", "wait 4", "wait 5",
+    ]  # fmt: skip

@@ -22,8 +22,7 @@ def seen(parallel_state: Any) -> list[int]:
 
 
 def scope(parallel_state: Any, size: int) -> LayerScope:
-    group: Any = SimpleNamespace(layer_tp=LayerTPGroup(0, range(size), None, None))
-    return LayerScope(parallel_state, group)
+    return LayerScope(parallel_state, LayerTPGroup(0, range(size), None, None))
 
 
 def test_only_the_own_thread_sees_the_layers_group() -> None:

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,12 +121,12 @@ def test_r1_int8_at_8_saves_5_84_gib() -> None:
     assert row["saved_bytes_instance"] == 32 * 6_268_387_328
     assert row["kv_tokens_per_rank"] == 6_268_387_328 // 70_272 == 89_201
     assert row["kv_tokens_instance"] == 32 * 89_201
-    assert row["exchange_bytes_per_token"] == 2 * (14_336 + 50_176) * 61
-    assert row["exchange_bytes_per_step"] == 24 * row["exchange_bytes_per_token"]
+    sent = 61 * 2 * 7 * (4096 + 3584)  # a quarter of the columns, half of the outputs
+    assert (row["wires"][0]["grid"], row["wires"][0]["bytes_per_token"]) == ("4x2", sent)
     assert [cost["rows"] for cost in row["prefill"]] == [4096, 1]
-    assert row["prefill"][0]["exchange_bytes"] == 4096 * row["exchange_bytes_per_token"]
-    assert row["prefill"][0]["weight_gather_bytes"] == 7 * 2048 * 7168 * 61
-    assert row["weight_gather_rows"] == 797
+    assert row["prefill"][0]["exchange_bytes"] == 4096 * sent
+    assert row["weight_gather_bytes"] == 7 * 2048 * 7168 * 61
+    assert row["weight_gather_rows"] == 956  # rounded up from 2048 * 7168 / (2 * 7680)
     assert plan["weight_gather_buffer_bytes"] == R1_K * R1_HIDDEN
     assert (plan["mtp_layers"], plan["mtp_unsharded_bytes_per_rank"]) == (1, R1_K * R1_HIDDEN)
     assert row["mtp_saved_bytes_per_rank"] == R1_K * R1_HIDDEN * 7 // 8
@@ -134,7 +135,98 @@ def test_r1_int8_at_8_saves_5_84_gib() -> None:
 def test_r1_bf16_is_13_3_gib() -> None:
     plan = make_plan("deepseek-r1", load_model("deepseek-r1", "bf16"))
     assert round(plan["unsharded_bytes_per_rank"] / GIB, 1) == 13.3
-    assert [row["weight_gather_rows"] for row in plan["rows"]][:4] == [3823, 2607, 1593, 896]
+    assert [row["weight_gather_rows"] for row in plan["rows"]][:4] == [3823, 2607, 1912, 1304]
+
+
+def test_bytes_on_each_grid_in_each_width() -> None:
+    rows = make_plan("deepseek-r1", load_model("deepseek-r1", "int8"))["rows"]
+    wide, narrow = ([row["wires"][index] for row in rows] for index in (0, 1))
+    assert [wire["grid"] for wire in wide] == ["2x1", "4x1", "4x2", "8x2", "8x4"]
+    assert [wire["grid"] for wire in narrow] == ["2x1", "2x2", "4x2", "4x4", "8x4"]
+    # Elements for each row and layer, as K/a + H/b to each of the others.
+    assert [wire["bytes_per_token"] // 61 // 2 for wire in wide][2:] == [53_760, 84_480, 119_040]
+    assert [wire["bytes_per_token_Nx1"] // 61 // 2 for wire in wide][2:] == [
+        64_512, 122_880, 238_080,
+    ]  # fmt: skip
+    assert wide[2]["bytes_per_token_1xN"] == 61 * 2 * 7 * (16_384 + 896)
+    # 8 bits out, 16 bits back.
+    assert narrow[2]["bytes_per_token"] == 61 * 7 * (4096 + 2 * 3584)
+    assert narrow[2]["bytes_per_token_Nx1"] == 61 * 7 * (2048 + 2 * 7168)
+    for before, one, other in zip(wide, narrow, narrow[1:], strict=False):
+        assert one["bytes_per_token"] < before["bytes_per_token"] <= before["bytes_per_token_Nx1"]
+        assert one["bytes_per_token"] < other["bytes_per_token"]
+
+
+def test_rows_travel_in_8_bits_where_all_of_o_proj_is_static_w8a8(tmp_path: Path) -> None:
+    write_config(tmp_path, r1_config(quantization_config=None))
+    for described_as, narrow in (
+        (described(rest="W8A8", layer_60="W8A8"), True),
+        (described(rest="W8A8", layer_60="FLOAT"), False),
+        (described(rest="W8A8_DYNAMIC"), False),
+    ):
+        (tmp_path / ASCEND).write_text(json.dumps(described_as))
+        plan = make_plan("m", load_model(str(tmp_path)))
+        row, wire = plan["rows"][1], plan["rows"][1]["wires"][narrow]
+        assert plan["dispatch"] == wire["wire"] == ("8 bits" if narrow else "bf16")
+        assert (row["otp_size"], row["grid"]) == (4, "2x2" if narrow else "4x1")
+        assert row["exchange_bytes_per_token"] == wire["bytes_per_token"]
+        assert row["prefill"][0]["exchange_bytes"] == 4096 * wire["bytes_per_token"]
+        assert make_plan("m", load_model(str(tmp_path), "int8"))["dispatch"] == "bf16"
+
+
+def test_a_grid_keeps_quantization_blocks_whole() -> None:
+    config = r1_config(num_attention_heads=16, hidden_size=1152)  # outputs are 9 blocks of 128
+    for dtype, grid in ((None, "4x1"), ("int8", "4x1"), ("bf16", "2x2")):
+        row = make_plan("m", parse_config(config, dtype))["rows"][1]
+        assert (row["otp_size"], row["wires"][0]["grid"]) == (4, grid)
+
+
+@pytest.mark.parametrize("name", BUILTIN_MODELS)
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_grid_is_the_one_that_the_host_takes(name: str, tp: int) -> None:
+    pytest.importorskip("torch")
+    from oproj_patch.hosts.vllm import Vllm
+    from oproj_patch.settings import Settings
+
+    fields = BUILTIN_MODELS[name]
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(**fields)),
+        parallel_config=SimpleNamespace(tensor_parallel_size=tp),
+        quant_config=SimpleNamespace(weight_block_size=[128, 128])
+        if "quantization_config" in fields
+        else None,
+    )
+    host = Vllm.__new__(Vllm)
+    rows = make_plan(name, load_model(name), tp=tp)["rows"]
+    assert len(rows) >= 3
+    for row in rows:
+        host.settings = Settings(size=row["otp_size"])
+        assert row["grid"] == str(host.grid(config))
+
+
+def test_outputs_that_n_does_not_divide_have_no_grid_of_1_x_n() -> None:
+    plan = make_plan("glm-4.5", load_model("glm-4.5"), dp=12)
+    told = ["bytes_per_token_1xN" in row["wires"][0] for row in plan["rows"]]
+    assert told == [True, False, True, False, False]  # 5120 outputs and N = 2, 3, 4, 6, 12
+    [line] = [line for line in format_plan(plan).splitlines() if line.split()[:2] == ["12", "bf16"]]
+    assert line.split()[-1] == "-"
+
+
+def test_time_is_a_cost_in_each_of_three_cases() -> None:
+    plan = make_plan("deepseek-r1", load_model("deepseek-r1", "int8"), batch=24, link=196)
+    for row in plan["rows"]:
+        step = 24 * row["wires"][0]["bytes_per_token"]
+        assert row["seconds_latency"] == pytest.approx(2 * 61 * 10e-6)
+        assert row["seconds_link"] - row["seconds_latency"] == pytest.approx(step / 196e9)
+        assert row["seconds_slow_link"] - row["seconds_latency"] == pytest.approx(step / 25e9)
+    # What upstream reports at N = 8 is 1 ms.
+    assert plan["rows"][2]["wires"][0]["bytes_per_token_Nx1"] * 24 / 196e9 == pytest.approx(
+        1e-3, rel=0.04
+    )
+    text = " ".join(format_plan(plan).split())
+    assert "assumed, not measured: 10 us for each of 122 all-to-alls" in text
+    assert "the gain is memory, never speed" in text
+    assert "latency alone 196 GB/s 25 GB/s" in text
 
 
 def test_tensor_parallel_ranks_hold_a_part_already() -> None:
@@ -288,16 +380,16 @@ QUANTIZATIONS: dict[str, tuple[dict[str, Any], str, int]] = {
 def test_each_layer_is_counted_as_the_quantizer_would(what: str) -> None:
     quantization, dtype, block = QUANTIZATIONS[what]
     shape = parse_config(r1_config(quantization_config=quantization))
-    assert (dtype_of(shape), shape.block) == (dtype, block)
+    assert (dtype_of(shape), shape.blocks[0]) == (dtype, block)
     [note] = shape.notes
     assert "--dtype says otherwise" in note
-    given_by_user = parse_config(r1_config(quantization_config=quantization), "int8")
-    assert (dtype_of(given_by_user), given_by_user.block, given_by_user.notes) == ("int8", 1, [])
+    given = parse_config(r1_config(quantization_config=quantization), "int8")
+    assert (dtype_of(given), given.blocks, given.notes) == ("int8", (1, 128), [])
 
 
 def test_a_model_without_quantization_is_counted_in_its_own_data_type() -> None:
     shape = parse_config(r1_config(quantization_config=None, torch_dtype="float32"))
-    assert (dtype_of(shape), shape.block, shape.notes) == ("fp32", 1, [])
+    assert (dtype_of(shape), shape.blocks, shape.notes) == ("fp32", (1, 1), [])
 
 
 def test_bytes_of_a_mixture_are_the_sum_over_its_layers() -> None:
@@ -308,7 +400,7 @@ def test_bytes_of_a_mixture_are_the_sum_over_its_layers() -> None:
     assert plan["rows"][2]["o_proj_bytes_per_rank"] * 8 == plan["unsharded_bytes_per_rank"]
     assert plan["weight_gather_buffer_bytes"] == 2 * layer
     # 7 * 63 chunks are gathered instead of the rows of 61 layers.
-    assert plan["rows"][2]["weight_gather_rows"] == -(-7 * 63 * layer // 8 // (61 * 2 * 7 * 9216))
+    assert plan["rows"][2]["weight_gather_rows"] == -(-7 * 63 * layer // 8 // (61 * 2 * 7 * 7680))
     assert "fp8 x 59" in format_plan(plan)
     assert max(map(len, format_plan(plan).splitlines())) <= 80
 

@@ -137,3 +137,67 @@ def test_legal_sizes_are_exactly_the_accepted(dp: int, columns: int, tp: int) ->
             continue
         accepted.append(size)
     assert topology.legal_sizes(dp, columns, tp) == accepted
+
+
+def test_grids() -> None:
+    assert list(map(str, topology.grids(8))) == ["8x1", "4x2", "2x4", "1x8"]
+    assert topology.grids(7) == [(7, 1), (1, 7)]
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "grid"),
+    [("auto", 8, None), ("Nx1", 8, (8, 1)), ("1xN", 6, (1, 6)), ("4x2", 8, (4, 2))],
+)
+def test_grid_named(text: str, size: int, grid: Any) -> None:
+    assert topology.check_grid(text, size) == grid
+
+
+@pytest.mark.parametrize("text", ["4x4", "3x2", "NxN", "2x2", "16x1"])
+def test_grid_of_other_ranks_refused(text: str) -> None:
+    with pytest.raises(OprojValueError) as raised:
+        topology.check_grid(text, 8)
+    assert str(raised.value) == (
+        f"OPROJ002: OPROJ_GRID is {text}, which is no grid of 8 ranks "
+        "(OPROJ_TENSOR_PARALLEL_SIZE); accepted are auto, Nx1, 8x1, 4x2, 2x4, 1x8: change one of "
+        "the two, or unset OPROJ_GRID."
+    )
+
+
+# size, K, H, bytes of an element back, and out: the grid and its bytes per row.
+CHOSEN = [
+    (4, 16384, 7168, 2, 2, "4x1", 67584),
+    (8, 16384, 7168, 2, 2, "4x2", 107520),
+    (16, 16384, 7168, 2, 2, "8x2", 168960),
+    (32, 16384, 7168, 2, 2, "8x4", 238080),
+    (4, 16384, 7168, 2, 1, "2x2", 46080),
+    (8, 16384, 7168, 2, 1, "4x2", 78848),
+    (16, 16384, 7168, 2, 1, "4x4", 115200),
+    (2, 2048, 7168, 2, 2, "1x2", 11264),
+    (2, 48, 48, 2, 2, "2x1", 144),  # a tie
+]
+
+
+@pytest.mark.parametrize("case", CHOSEN)
+def test_grid_of_the_fewest_bytes(case: tuple[int, int, int, int, int, str, int]) -> None:
+    size, columns, hidden, back, out, grid, sent = case
+    found = topology.choose_grid(size, columns, hidden, back, out)
+    parts = columns // found.inputs, hidden // found.outputs
+    assert (str(found), topology.step_bytes(size, *parts, back, out)) == (grid, sent)
+
+
+def test_blocks_stay_whole() -> None:
+    assert topology.choose_grid(16, 16384, 7168, 2, 1, (128, 128)) == (4, 4)
+    assert topology.choose_grid(16, 16384, 7168, 2, 1, (128, 3584)) == (8, 2)
+    assert topology.choose_grid(16, 16384, 7168, 2, 1, (8192, 128)) == (2, 8)
+    assert topology.choose_grid(16, 16384, 7168, 2, 1, (128, 7168)) == (16, 1)
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 4, 8])
+def test_layer_groups_of_a_grid(outputs: int) -> None:
+    """DP 8, TP 2: rank (i, j) of each otp group, with its tensor-parallel peer's, by column j."""
+    otp = [list(range(tp, 16, 2)) for tp in range(2)]
+    groups = topology.layer_groups(otp, [[2 * dp, 2 * dp + 1] for dp in range(8)], outputs)
+    assert sorted(groups) == [
+        [2 * (i * outputs + j) + tp for tp in range(2) for i in range(8 // outputs)]
+        for j in range(outputs)
+    ]

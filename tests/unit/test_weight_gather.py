@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from oproj_patch.settings import Settings
 from oproj_patch.sharding import weight_gather
+from oproj_patch.sharding.topology import Grid
 
 torch = pytest.importorskip("torch")
 
@@ -24,9 +25,13 @@ def o_proj(columns: int, hidden: int, ranks: int, weight: Any) -> tuple[Any, Any
     layer.weight.data = layer.weight.data.to(weight)
     layer.__dict__.update(
         input_size_per_partition=columns // ranks,
-        output_size=hidden,
         params_dtype=torch.bfloat16,
-        oproj=SimpleNamespace(saved=columns // ranks * hidden * 2 * (ranks - 1)),
+        oproj=SimpleNamespace(
+            saved=columns // ranks * hidden * 2 * (ranks - 1),
+            hidden=hidden,
+            grid=Grid(ranks, 1),
+            quantizer=None,
+        ),
     )
     return layer, SimpleNamespace(size=ranks, graph_rows=0, settings=Settings(size=ranks))
 
