@@ -79,7 +79,7 @@ def decide(counts: Counts, plan: Plan) -> Pattern:
     if max(counts) <= plan.graph_rows:
         return Pattern(False, 1)
     parts = max(1, -(-max(counts) * plan.row_bytes // plan.buffer_bytes))
-    return Pattern(weight_gather.wins(plan.gather_from, counts), parts)
+    return Pattern(weight_gather.wins(plan.gather_from, counts), min(parts, max(counts)))
 
 
 def run(layer: Any, x: torch.Tensor) -> torch.Tensor:

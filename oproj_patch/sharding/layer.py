@@ -139,13 +139,19 @@ def construct(
 
     Raises OprojError when the weight cannot be divided or the host refuses.
     """
-    given = inspect.signature(init).bind(*args, **kwargs)
+    signature = inspect.signature(init)
+    given = signature.bind(*args, **kwargs)
     given.apply_defaults()
     prefix, columns = given.arguments["prefix"], given.arguments["input_size"]
     hidden = given.arguments["output_size"]
     own, whole = grid.of_layer(given.arguments, group)
-    # To the host it is a row-parallel layer of these outputs alone.
-    given.arguments["output_size"] = hidden // own.outputs
+    # To the host it is a row-parallel layer of these outputs alone. Other plugins' wrappers find
+    # each argument as the caller gave it, by name or by place.
+    outputs, place = hidden // own.outputs, [*signature.parameters].index("output_size")
+    if "output_size" in kwargs:
+        kwargs = {**kwargs, "output_size": outputs}
+    else:
+        args = (*args[:place], outputs, *args[place + 1 :])
     cls: type = type(layer)
     _warn_of_bypassed(cls)
     layer.__class__ = _sharded_class(cls)
@@ -161,7 +167,7 @@ def construct(
     )  # fmt: skip
     try:
         with LayerScope(parallel_state, layer.oproj.tp):
-            init(*given.args, **given.kwargs)
+            init(*args, **kwargs)
     except OprojError:
         raise
     except Exception as error:

@@ -92,6 +92,7 @@ def test_metadata_is_accepted_by_an_index(released: tuple[Path, Path]) -> None:
     run(sys.executable, "-m", "twine", "check", "--strict", *released)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["wheel", "sdist", "pip install ."])
 def test_installs_into_an_empty_environment(
     kind: str, source: Path, released: tuple[Path, Path], tmp_path: Path
@@ -109,6 +110,7 @@ def test_installs_into_an_empty_environment(
     assert run(binaries / "python", "-c", code) == f"False {__version__}\n"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 def test_installs_beside_vllm(released: tuple[Path, Path], tmp_path: Path) -> None:
     venv.create(tmp_path, with_pip=True)

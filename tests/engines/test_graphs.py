@@ -15,7 +15,7 @@ import pytest
 from demo import model as demo_model
 from demo.engines import EngineConfig, OfflineRun, Round, run_offline
 
-from . import warm
+from . import drafter, warm
 
 PLUGIN = Path(__file__).resolve().parents[1] / "graphs" / "plugin"
 PROMPTS = demo_model.prompts(8)
@@ -34,8 +34,11 @@ SECOND_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
 
 
 @functools.cache
-def run(mode: str, size: int, second: bool) -> OfflineRun:
-    """Two data-parallel ranks in one graph mode, sharded `size`-way (0: not)."""
+def run(mode: str, size: int, second: bool, drafting: Path | None = None) -> OfflineRun:
+    """Two data-parallel ranks in one graph mode, sharded `size`-way (0: not).
+
+    drafting: a checkpoint with an MTP layer, which drafts one token a step.
+    """
     options: dict[str, Any] = {
         "compilation_config": {
             "backend": "eager",
@@ -47,12 +50,14 @@ def run(mode: str, size: int, second: bool) -> OfflineRun:
         "max_num_seqs": 16,
         "max_num_batched_tokens": 256,
     }
+    if drafting is not None:
+        options["speculative_config"] = {"method": "mtp", "num_speculative_tokens": 1}
     env = {"OPROJ_TENSOR_PARALLEL_SIZE": str(size)} if size else {}
     if second:
         options["kernel_config"] = {"enable_jit_warmup": False}
         env |= SECOND_RUNNER
     config = EngineConfig(
-        demo_model.ensure("dense", trained=False),
+        drafting or demo_model.ensure("dense", trained=False),
         compiled=True,
         env=env,
         options=options,
@@ -86,3 +91,15 @@ def test_same_tokens(mode: str, second: bool) -> None:
         assert sharded["replays"] > 0 and whole["replays"] > 0
         # Eager steps (prefills, warm-ups) are exchanges in Python, replays are not.
         assert sharded["status"]["exchanges"] > 0
+
+
+@pytest.mark.timeout(2000)
+def test_a_drafting_layer_in_graphs(tmp_path: Path) -> None:
+    """The same with an MTP layer, whose o_proj is sharded and captured too."""
+    model = drafter.add(demo_model.ensure("dense", trained=True), tmp_path / "model")
+    on, off = (run("FULL_AND_PIECEWISE", size, False, model) for size in (2, 0))
+    assert tokens(on) == tokens(off)
+    for sharded, whole in zip(on.workers, off.workers, strict=True):
+        assert sharded["status"]["layers"] == demo_model.NUM_LAYERS + 1
+        assert sharded["captures"] == whole["captures"] > len(CAPTURE_SIZES)
+        assert sharded["replays"] > 0 and whole["replays"] > 0

@@ -24,6 +24,7 @@ SAMPLE = (
 )
 
 
+@pytest.mark.long
 def test_every_architecture_has_one_row() -> None:
     spec = importlib.util.find_spec("vllm")
     assert spec is not None and spec.origin is not None

@@ -37,6 +37,7 @@ class Case:
     compiled: bool = False
 
 
+MARKS = {4: pytest.mark.quick, 9: pytest.mark.long, 16: pytest.mark.long}
 CASES = {
     4: {
         "plain": Case(4),
@@ -58,7 +59,7 @@ CASES = {
 @pytest.mark.parametrize(
     ("world", "case"),
     [
-        pytest.param(size, case, id=f"{size}-{name}", marks=[pytest.mark.quick] * (size == 4))
+        pytest.param(size, case, id=f"{size}-{name}", marks=MARKS.get(size, ()))
         for size, cases in CASES.items()
         for name, case in cases.items()
     ],

@@ -91,7 +91,7 @@ CASES: dict[int, dict[str, Case]] = {
     8: {
         "bias": Case(8, ROWS8, options=BIAS),
         "two-groups": Case(8, ROWS8, size=4),
-        "parts": Case(8, ROWS8, buffer=64),
+        "parts": Case(8, ROWS8, buffer=1024),
         "tp2": Case(4, [[2] * 4, [0, 1, 9, 90]], tp=2, options=BIAS),
         "tp4": Case(2, [[2, 2], [0, 9]], tp=4, options=BIAS),
     },
