@@ -150,10 +150,11 @@ class Vllm(HostPass):
         size, text = self.settings.size, of(config, "model_config.hf_text_config")
         if asked := topology.check_grid(self.settings.grid, size):
             return asked
-        heads, hidden = of(text, "num_attention_heads"), of(text, "hidden_size")
-        if not isinstance(heads, int) or not isinstance(hidden, int):
+        try:
+            heads, hidden = of(text, "num_attention_heads"), of(text, "hidden_size")
+            width = of(text, "v_head_dim") or of(text, "head_dim") or hidden // heads
+        except Exception:  # unknown, or as Transformers tells a size that differs between layers
             return Grid(size, 1)
-        width = of(text, "v_head_dim") or of(text, "head_dim") or hidden // heads
         columns = heads * width // (of(config, "parallel_config.tensor_parallel_size") or 1)
         quant_config = of(config, "quant_config")
         wire_bytes = self.wire_bytes(config) if self.settings.wire == "auto" else None
