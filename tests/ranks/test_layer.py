@@ -469,3 +469,17 @@ def loud_peer() -> None:
         if rank == 0:
             assert torch.equal(told[0], told[1]) and torch.equal(told[0], told[2])
             assert bool(told[0].isfinite().all())
+
+
+@pytest.mark.parametrize("world", [4], indirect=True)
+def test_compiled_graphs_of_each_setting_have_their_own_key(world: World) -> None:
+    settings: list[tuple[int, dict[str, str]]] = [(2, {}), (4, {}), (4, {"OPROJ_GRID": "2x2"})]
+    keys = [[world.run(key, size, env)[0] for size, env in settings] for _ in range(2)]
+    assert keys[0] == keys[1] and len(set(keys[0])) == len(settings)
+
+
+def key(size: int, env: dict[str, str]) -> str:
+    """In a rank: the key of vLLM's configuration in its caches."""
+    with sharding(size, 4, **env) as config:
+        digest: str = config.compute_hash()
+        return digest
