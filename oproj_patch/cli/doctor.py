@@ -239,7 +239,17 @@ def _check(host: Vllm, args: Any, config: Any) -> None:
     heads = model.num_attention_heads
     width = getattr(model, "v_head_dim", None) or getattr(model, "head_dim", None)
     columns = heads * (width or model.hidden_size // heads)
-    topology.check_divisible("o_proj", columns, tp_size, host.settings.size)
+    size = host.settings.size
+    grid = topology.check_grid(host.settings.grid, size) or topology.Grid(size, 1)
+    if grid == (size, 1):
+        topology.check_divisible("o_proj", columns, tp_size, size)
+    elif columns % (tp_size * grid.inputs) or model.hidden_size % grid.outputs:
+        raise OprojValueError(
+            "OPROJ005",
+            f"{settings.GRID} is {grid}, which does not cut {columns} columns and "
+            f"{model.hidden_size} outputs of o_proj on {tp_size} tensor-parallel ranks; accepted "
+            f"are auto, Nx1 and grids that do: change or unset {settings.GRID}.",
+        )
 
 
 def _configuration(server: list[str]) -> tuple[Any, Any]:

@@ -210,8 +210,8 @@ def check_model(model: Any, group: OtpGroup, built: Sequence[str], attentions: A
     """Check the layers `built` (keys in the group) that were sharded while `model` was built.
 
     attentions: the host's layers by prefix, those with a KV cache among them.
-    Raises OprojError when the process has no sharded layer, when one of `built` does not belong
-    to a decoder's attention, or when only some of the decoder's attentions have one.
+    Raises OprojError when the process has no sharded layer, or when one of `built` does not
+    belong to a decoder's attention.
     """
     if not group.layers:
         raise OprojError(
@@ -250,13 +250,14 @@ def check_attentions(model: Any, built: Sequence[str], attentions: Mapping[str, 
             continue
         own = [name for name, owner in owners.items() if _is_below(prefix, owner)]
         if len(own) != 1:
-            told = " and ".join(own) if own else f"{built[0]} was, but none"
+            told = f"it has none, while {built[0]} was sharded"
+            if own:
+                told = f"{' and '.join(own)} were sharded"
             raise OprojError(
                 "OPROJ007",
                 f"{type(model).__name__} is sharded in part: the attention {prefix} must have one "
-                f"sharded output projection, and {told} {'were' if own else 'of its own was'} "
-                f"sharded: this model is not supported in this release; unset {TOGGLE}, and "
-                "please report the model.",
+                f"sharded output projection, but {told}: this model is not supported in this "
+                f"release; unset {TOGGLE}, and please report the model.",
             )
 
 

@@ -103,7 +103,7 @@ def test_every_attention_has_its_projection(built: list[str], attentions: dict[s
             O_PROJ[:1],
             ATTENTIONS,
             "the attention model.layers.1.self_attn.attn must have one sharded output projection, "
-            "and model.layers.0.self_attn.o_proj was, but none of its own was sharded",
+            "but it has none, while model.layers.0.self_attn.o_proj was sharded",
         ),
         (
             O_PROJ[:1],
@@ -113,7 +113,7 @@ def test_every_attention_has_its_projection(built: list[str], attentions: dict[s
         (
             [*O_PROJ, "model.layers.1.o_proj"],
             ATTENTIONS,
-            "and model.layers.1.self_attn.o_proj and model.layers.1.o_proj were sharded",
+            "but model.layers.1.self_attn.o_proj and model.layers.1.o_proj were sharded",
         ),
     ],
 )
