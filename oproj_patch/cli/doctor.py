@@ -229,6 +229,7 @@ def _command(host: Vllm, server: list[str], found: list[Finding]) -> Any:
 def _check(host: Vllm, args: Any, config: Any) -> None:
     """Raise OprojError as a worker would before it has built a layer, or while it does."""
     from ..hosts.ascend_option import resolved
+    from ..hosts.vllm import o_proj_columns
 
     host.settings = resolved(host.settings, args if config is None else config)
     if config is None:
@@ -236,10 +237,7 @@ def _check(host: Vllm, args: Any, config: Any) -> None:
         return
     host.check(config, host.settings)
     model, tp_size = config.model_config.hf_text_config, config.parallel_config.tensor_parallel_size
-    heads = model.num_attention_heads
-    width = getattr(model, "v_head_dim", None) or getattr(model, "head_dim", None)
-    columns = heads * (width or model.hidden_size // heads)
-    size = host.settings.size
+    columns, size = o_proj_columns(model), host.settings.size
     grid = topology.check_grid(host.settings.grid, size) or topology.Grid(size, 1)
     if grid == (size, 1):
         topology.check_divisible("o_proj", columns, tp_size, size)

@@ -152,11 +152,10 @@ class Vllm(HostPass):
         if asked := topology.check_grid(self.settings.grid, size):
             return asked
         try:
-            heads, hidden = of(text, "num_attention_heads"), of(text, "hidden_size")
-            width = of(text, "v_head_dim") or of(text, "head_dim") or hidden // heads
+            columns, hidden = o_proj_columns(text), text.hidden_size
         except Exception:  # unknown, or as Transformers tells a size that differs between layers
             return Grid(size, 1)
-        columns = heads * width // (of(config, "parallel_config.tensor_parallel_size") or 1)
+        columns //= of(config, "parallel_config.tensor_parallel_size") or 1
         quant_config = of(config, "quant_config")
         wire_bytes = self.wire_bytes(config) if self.settings.wire == "auto" else None
         return grid.fewest_bytes(size, columns, hidden, quant_config, wire_bytes)
@@ -230,6 +229,13 @@ class Vllm(HostPass):
         otp_group.check_layers(group)
         init_logger("vllm.oproj_patch").info(sharded.summary(group))
         metrics.publish(group)
+
+
+def o_proj_columns(text: Any) -> int:
+    """Return the input columns of a whole o_proj, from a model's text configuration."""
+    heads: int = text.num_attention_heads
+    width = of(text, "v_head_dim") or of(text, "head_dim") or text.hidden_size // heads
+    return int(heads * width)
 
 
 def owner_of(layer: Any) -> tuple[str, str]:
