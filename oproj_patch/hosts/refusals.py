@@ -184,11 +184,6 @@ RULES: tuple[Rule, ...] = (
     Rule("VLLM_ASCEND_ENABLE_DBO", _variable("VLLM_ASCEND_ENABLE_DBO"),
          "its two micro-batches run o_proj on two streams at once",
          host="vllm-ascend", remedy="unset one of the two"),
-    Rule("its ACL graphs", _captured_as("on"),
-         "each rank pads its rows and chooses its graph by itself there, so graphs of different "
-         "sizes would meet", host="vllm-ascend", since="0.9.1", until="0.9.1",
-         remedy="use --enforce-eager, torchair_graph_config.enabled for DeepSeek models, or "
-         "vllm-ascend 0.11.0 or later"),
     Rule("cudagraph_mode", _captured_as("FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"),
          "ranks do not agree on a full graph there",
          host="vllm-ascend", since="0.11.0", until="0.11.0",

@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from oproj_patch.releases import ASCEND_RELEASES, VLLM_RELEASES, in_range
-from tests.hosts import wheels
-from tests.hosts.wheels import Host, ensure, environment, origin
+from tests.hosts.wheels import HOSTS, Host, ensure, environment, origin
 
 from .drive import DRAFTED, HIDDEN, LAYERS, TOLERANCE, Step, Told, passed
 
@@ -32,9 +31,6 @@ ROOT = Path(__file__).resolve().parents[2]
 # Releases that decide about graphs as their predecessors do (a test compares their code).
 AS_BEFORE = ("0.10.0", "0.10.2", "0.23.0", "0.26.0", "0.27.1", "0.29.0")
 IN_FULL = ("0.9.1", "0.11.0", "0.18.0", "0.25.1", VLLM_RELEASES[-1])
-# vllm-ascend 0.9.1 refuses graphs for DeepSeek models itself, and oproj_patch its graphs of others
-# (tests/hosts/test_ascend_refusals.py).
-HOSTS = tuple(host for host in wheels.HOSTS if str(host) != "ascend-0.9.1")
 NEWEST = Host("vllm", VLLM_RELEASES[-1]), Host("ascend", list(ASCEND_RELEASES)[-1])
 SKIPPED = tuple(
     release
@@ -45,7 +41,7 @@ MODES = ("NONE", "PIECEWISE", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE", "FULL")
 # Captured are 1, 2, 4, 8 and 24 rows; a gather moves fewer bytes from 16 equal rows on, and begins
 # above 24.
 PLANS: dict[str, Sequence[Step]] = {
-    "all busy": [[[1, 1, 1], [1]], [[1] * 8, [1, 1]], [[5], [7]]],
+    "all busy": [[[1, 1, 1], [1]], [[1] * 8, [1, 1]], [[5], [7]], [[1] * 5, [1] * 7]],
     "one idle": [[[1, 1, 1], []], [[], [1]], [[20], []], [[40], []]],
     "one prefilling": [[[7], [1, 1]], [[1], [3, 1]], [[20], [1]]],
     "straddling": [[[1] * 8, [1] * 9], [[24], [25]], [[40], [18, 1]], [[60], [50]]],
@@ -142,6 +138,8 @@ WHY = {name: PLANS[name] for name in ("one idle", "one prefilling")}
 # of one token: they capture an odd number of rows then, and an idle rank's row is padded to it.
 ASSERTING = ("0.12.0", "0.13.0", "0.14.1", "0.15.1", "0.16.0", "0.17.1")
 ASSERTION = "assert num_tokens_padded % uniform_decode_query_len == 0"
+# It replays a full graph only in a pass without drafted rows.
+EAGER = {("ascend-0.9.1", "FULL drafter")}
 # Modes that the release itself turns into NONE.
 WITHOUT_GRAPHS = {("ascend-0.11.0", "FULL")}
 
@@ -181,7 +179,7 @@ def test_cell(host: Host, mode: str, scenario: str) -> None:
     graphs = mode != "NONE" and (str(host), mode) not in WITHOUT_GRAPHS
     for told in ranks:
         assert (told["captures"] > 0) == graphs
-    if graphs and scenario in ("all busy", "drafter"):
+    if graphs and scenario in ("all busy", "drafter") and (str(host), name) not in EAGER:
         assert any(sum(told["replays"]) for told in ranks)
 
 

@@ -25,7 +25,6 @@ from .parts import Parts, Ran
 from .wheels import Host
 
 RELEASES = tuple(ASCEND_RELEASES)
-TORCHAIR = ("0.9.1", "0.11.0")
 part = Parts([Host("ascend", release) for release in RELEASES])
 _open = contextlib.ExitStack()
 
@@ -89,9 +88,8 @@ REFUSALS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "VLLM_USE_V2_MODEL_RUNNER": ("VLLM_USE_V2_MODEL_RUNNER is 1", RELEASES, "unset one"),
     "VLLM_ASCEND_ENABLE_DBO": ("VLLM_ASCEND_ENABLE_DBO is 1", RELEASES, "unset one"),
     "first engine": ("VLLM_USE_V1 is 0", RELEASES, "set VLLM_USE_V1=1"),
-    "own graphs": ("its ACL graphs of vllm-ascend 0.9.1 is on", ("0.9.1",), "use --enforce-eager"),
-    "full graphs": ("of vllm-ascend 0.", TORCHAIR, "use PIECEWISE or NONE|use --enforce-eager"),
-    "full graphs, drafter": ("of vllm-ascend 0.", TORCHAIR, "use (PIECEWISE|--enforce-eager)"),
+    "full graphs": ("of vllm-ascend 0.11.0 is FULL", ("0.11.0",), "use PIECEWISE or NONE"),
+    "full graphs, drafter": ("of vllm-ascend 0.11.0 is FULL", ("0.11.0",), "use PIECEWISE"),
     "eagle": ("", (), ""),
     "shared experts": ("enable_shared_expert_dp with torchair", ("0.11.0",), "disable one"),
     "nothing": ("", (), ""),
@@ -126,7 +124,6 @@ def test_configurations_are_refused_by_name_with_a_remedy(here: Here) -> None:
         "decode": [(config.parallel_config, "decode_context_parallel_size", 2)],
         "eagle": [(config, "speculative_config", eagle)],
         "first engine": [(envs, "VLLM_USE_V1", False)],
-        "own graphs": [graphs, level],
         "full graphs": [graphs, mode],
         "full graphs, drafter": [graphs, mode, (config, "speculative_config", drafter)],
         "shared experts": [
