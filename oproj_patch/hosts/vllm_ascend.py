@@ -88,7 +88,7 @@ class VllmAscend(Vllm):
             if entry.module == SPARSE and not sparse:
                 continue  # importing it replaces DeepSeek's decoder constructor by V3.2's
             if entry.module.endswith(PIECES) and refusals.graph_mode(config) == "NONE":
-                continue
+                continue  # nothing is compiled
             if releases.in_range(version, entry.since, entry.until):
                 own.append(entry)
             elif self.untested():  # the user said not to trust the number: what is there is wrapped
