@@ -22,6 +22,9 @@ ASCEND_RELEASES: Mapping[str, str] = {
     "0.13.0": "0.13.0",  # 2.8.0.post2
     "0.18.0": "0.18.0",  # 2.9.0
     "0.23.0": "0.23.0",  # 2.10.0.post4
+    "0.23.0.post1": "0.23.0",
+    "0.26.0rc1": "0.26.0",
+    "0.30.0rc2": "0.30.0",
 }
 """Tested vllm-ascend releases, oldest first, each with the vLLM that it patches."""
 
