@@ -32,7 +32,7 @@ def seams() -> str:
 
     upstream = (activation.group_seam(), *vllm.Vllm({}).seams(None))
     own = vllm_ascend.registry(vllm_ascend.VllmAscend({}))
-    ascend = (ascend_option.seam(Settings(size=2)), *own)
+    ascend = (*ascend_option.seams(Settings(size=2)), *own)
     rows: dict[tuple[str, str], dict[tuple[str, str], None]] = {}
     for host, releases, registry in (
         ("vLLM", VLLM_RELEASES, upstream),
@@ -101,7 +101,10 @@ _ASCEND_LAYERS: Mapping[str, tuple[str, str, str]] = {
     "0.11.0": ("model, sparse class", "", "torchair"),
     "0.13.0": ("model, sparse", "", ""),
     "0.18.0": ("model, sparse", "", ""),
-    "0.23.0": ("model, sparse, grouped query, TP 2", ", proposer", ""),
+    "0.23.0": ("model, sparse", "", ""),
+    "0.23.0.post1": ("model, sparse", "", ""),
+    "0.26.0rc1": ("model, sparse", "", ""),
+    "0.30.0rc2": ("model, sparse, grouped query, TP 2", ", proposer", ""),
 }
 
 

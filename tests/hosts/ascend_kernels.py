@@ -160,6 +160,12 @@ class SparseAttention:
             impl.apply_attention_fusion = self.fused
             return
         impl.enable_mlapo = False  # one fused kernel for all that follows
+        if hasattr(impl, "_compose_sfa_kv_cache"):  # from 0.26 on, of two layers' caches
+            impl._compose_sfa_kv_cache = lambda cache: cache
+        if hasattr(impl, "_get_indexer_attn_metadata"):  # from 0.30 on
+            impl._get_indexer_attn_metadata = lambda: "some"
+            impl.indexer = lambda *_, **__: None
+            impl.use_index_cache = False
         impl.indexer_select_pre_process = lambda **_: (torch.zeros(1, 4), torch.zeros(1, 4))
         impl.indexer_select_post_process = lambda **_: None
         impl.exec_kv = lambda *_: (None, None)

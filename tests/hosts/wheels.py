@@ -115,6 +115,8 @@ def ensure(host: Host) -> list[Path]:
     entries = [overlay for overlay in overlays if overlay]
     if host.kind == "ascend":
         entries.append(_STUBS / "pyacl")
+        if in_range(host.version, "0.27"):
+            entries.append(_STUBS / "fla_npu")
     if host.vllm == "0.17.1":
         entries.append(_STUBS / "torch_avx512")
     return entries
