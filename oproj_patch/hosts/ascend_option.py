@@ -60,18 +60,19 @@ def resolved(settings: Settings, config: Any) -> Settings:
 def seams(settings: Settings) -> tuple[Seam, Seam]:
     """Return the seams of vllm-ascend that are installed as soon as their module is imported."""
 
-    def constructed(wrapped: Any, _: Any, args: Any, kwargs: Any) -> None:
+    def constructed(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
         vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
-        _out_of_sight(vllm_config.additional_config, settings, lambda: wrapped(*args, **kwargs))
+        additional = vllm_config.additional_config
+        return _out_of_sight(additional, settings, lambda: wrapped(*args, **kwargs))
 
-    def constructed_from_fields(wrapped: Any, _: Any, args: Any, kwargs: Any) -> None:
-        _out_of_sight(kwargs, settings, lambda: wrapped(*args, **kwargs))
+    def made(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+        return _out_of_sight(kwargs, settings, lambda: wrapped(*args, **kwargs))
 
-    symbol, why = "AscendConfig.__init__", "serve vllm-ascend's own o_proj option, or refuse it"
+    why = "serve vllm-ascend's own o_proj option, or refuse it beside a number"
     return (
-        Seam(CONFIG, symbol, constructed, why, ("vllm_config",), until="0.26.0"),
-        # A dataclass of pydantic, whose constructor tells no names.
-        Seam(CONFIG, symbol, constructed_from_fields, why, since="0.27.0"),
+        Seam(CONFIG, "AscendConfig.__init__", constructed, why, ("vllm_config",), until="0.26.0"),
+        # The name, because pydantic puts another constructor into the class when it is first used.
+        Seam(CONFIG, "AscendConfig", made, why, (NESTED,), since="0.27.0"),
     )
 
 
@@ -81,8 +82,8 @@ def seam(settings: Settings, version: str) -> Seam:
     return first if releases.in_range(version, first.since, first.until) else last
 
 
-def _out_of_sight(additional: Any, settings: Settings, construct: Callable[[], None]) -> None:
-    """Call `construct` while the option and our own key are not in `additional`.
+def _out_of_sight(additional: Any, settings: Settings, construct: Callable[[], Any]) -> Any:
+    """Return what `construct` does while the option and our own key are not in `additional`.
 
     Raises OprojError where the option is set beside a number of ours.
     """
@@ -99,7 +100,7 @@ def _out_of_sight(additional: Any, settings: Settings, construct: Callable[[], N
     if isinstance(additional, dict) and CONFIG_KEY in additional:
         taken.append((additional, CONFIG_KEY, additional.pop(CONFIG_KEY)))
     try:
-        construct()
+        return construct()
     finally:
         for holder, key, value in taken:  # back into the same dictionaries: others hold them
             holder[key] = value

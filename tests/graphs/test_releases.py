@@ -30,12 +30,12 @@ from .drive import DRAFTED, HIDDEN, LAYERS, TOLERANCE, Step, Told, passed
 SECONDS = 1200
 ROOT = Path(__file__).resolve().parents[2]
 # Releases that decide about graphs as their predecessors do (a test compares their code).
-AS_BEFORE = ("0.10.0", "0.10.2", "0.23.0", "0.26.0", "0.27.1", "0.29.0")
-IN_FULL = ("0.9.1", "0.11.0", "0.18.0", "0.25.1", VLLM_RELEASES[-1])
+AS_BEFORE = ("0.10.0", "0.10.2", "0.23.0", "0.26.0", "0.27.1", "0.29.0", "0.33.0")
+IN_FULL = ("0.9.1", "0.11.0", "0.18.0", "0.25.1", wheels.INSTALLED)
 # vllm-ascend 0.9.1 refuses graphs for DeepSeek models itself, and oproj_patch its graphs of others
 # (tests/hosts/test_ascend_refusals.py).
 HOSTS = tuple(host for host in wheels.HOSTS if str(host) != "ascend-0.9.1")
-NEWEST = Host("vllm", VLLM_RELEASES[-1]), Host("ascend", list(ASCEND_RELEASES)[-1])
+NEWEST = Host("vllm", wheels.INSTALLED), Host("ascend", list(ASCEND_RELEASES)[-1])
 SKIPPED = tuple(
     release
     for release in VLLM_RELEASES

@@ -7,8 +7,6 @@ arithmetic kernels say so.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import time
 from dataclasses import dataclass
@@ -185,10 +183,9 @@ def test_w4a8_with_a_stand_in_for_npu_weight_quant_batchmatmul(here: Here) -> No
 
 
 def _quant_config(description: dict[str, Any]) -> Any:
-    try:
-        from vllm_ascend.quantization.modelslim_config import AscendModelSlimConfig as config
-    except ImportError:
-        from vllm_ascend.quantization.quant_config import AscendQuantConfig as config
+    modules = ("configs.modelslim_config", "modelslim_config", "quant_config")
+    found = ascend.first_of(f"vllm_ascend.quantization.{name}" for name in modules)
+    config = getattr(found, "AscendModelSlimConfig", None) or found.AscendQuantConfig
     made = config(description)
     # As vLLM's loader does from the model's class.
     made.packed_modules_mapping = {}
@@ -329,12 +326,8 @@ def test_layers_are_refused_by_name_with_a_remedy(here: Here) -> None:
     layer.input_size_per_partition = 40
     told(f"leaves 40 input columns of {name} on a rank", grid.check_blocks, "OPROJ006")
     layer.input_size_per_partition = 128
-    module = next(
-        name
-        for name in ("methods.w4a4_flatquant", "w4a4_flatquant_dynamic")
-        if importlib.util.find_spec(f"vllm_ascend.quantization.{name.split('.')[0]}")
-    )
-    flat = importlib.import_module(f"vllm_ascend.quantization.{module}")
+    modules = ("methods.w4a4.w4a4_flatquant", "methods.w4a4_flatquant", "w4a4_flatquant_dynamic")
+    flat = ascend.first_of(f"vllm_ascend.quantization.{name}" for name in modules)
     kind = flat.AscendW4A4FlatQuantDynamicLinearMethod
     layer.quant_method.quant_method = kind.__new__(kind)
     told("AscendW4A4FlatQuantDynamicLinearMethod, whose transforms")

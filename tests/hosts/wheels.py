@@ -44,6 +44,8 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 _STUBS = Path(__file__).resolve().parent / "stubs"
 
 OLDEST_WRAPT = "1.16.0"
+INSTALLED = "0.32.0"
+"""The newest vLLM with a build for CPUs: `tox.ini` installs it, and engines run on it."""
 # What a release needs and the base environment has in another version or not at all:
 # (first vLLM release, last vLLM release, requirements). The oldest vLLM also runs on the oldest
 # wrapt that this package accepts, all others on the newest.

@@ -293,7 +293,7 @@ def test_settings_that_device_graphs_exclude(settings: Settings, sentence: str) 
             cudagraph_capture_sizes=[1, 2, 512],
         ),
     )
-    host = Vllm({"vllm": "0.32.0"})
+    host = Vllm({"vllm": VLLM_RELEASES[-1]})
     assert host.graph_rows(config) == 512
     if not sentence:
         host.check(config, settings)
@@ -322,6 +322,6 @@ def test_settings_that_device_graphs_exclude(settings: Settings, sentence: str) 
 )
 def test_largest_captured_row_count(fields: dict[str, Any], rows: int) -> None:
     config = SimpleNamespace(compilation_config=SimpleNamespace(**fields))
-    assert Vllm({"vllm": "0.32.0"}).graph_rows(config) == rows
+    assert Vllm({"vllm": VLLM_RELEASES[-1]}).graph_rows(config) == rows
     config.model_config = SimpleNamespace(enforce_eager=True)
-    assert Vllm({"vllm": "0.32.0"}).graph_rows(config) == 0
+    assert Vllm({"vllm": VLLM_RELEASES[-1]}).graph_rows(config) == 0
