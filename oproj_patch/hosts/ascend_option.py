@@ -70,9 +70,11 @@ def seams(settings: Settings) -> tuple[Seam, Seam]:
 
     why = "serve vllm-ascend's own o_proj option, or refuse it beside a number"
     return (
-        Seam(CONFIG, "AscendConfig.__init__", constructed, why, ("vllm_config",), until="0.26.0"),
+        Seam(
+            CONFIG, "AscendConfig.__init__", constructed, why, ("vllm_config",), until="0.26.0rc1"
+        ),
         # The name, because pydantic puts another constructor into the class when it is first used.
-        Seam(CONFIG, "AscendConfig", made, why, (NESTED,), since="0.27.0"),
+        Seam(CONFIG, "AscendConfig", made, why, (NESTED,), since="0.30.0rc2"),
     )
 
 

@@ -422,6 +422,41 @@ def test_sparse_attention_with_idle_ranks_and_profile_run(here: Here) -> None:
 
 
 @part(NEWEST)
+def test_attention_whose_metadata_have_no_token(here: Here) -> None:
+    """Without rotary dimensions SFA returns before o_proj then; the other rank has rows."""
+    from vllm.config import set_current_vllm_config
+
+    import oproj_patch
+
+    option = ascend.option(here.host.version)
+    config = ascend.configured(here.models["sparse"], 2, additional_config=option)
+    with set_current_vllm_config(config):
+        built = ascend.build(config)
+        attentions = [module for module in built.modules() if hasattr(module, "impl")]
+        for module in attentions:
+            kernels_stood_in(module)
+        mine = config.parallel_config.data_parallel_rank
+        told = ascend.metadata((1, 3)[mine])
+        if mine == 0:
+            told.num_actual_tokens = 0
+            for module in attentions:
+                module.impl.qk_rope_head_dim = 0
+        tokens = torch.arange((1, 3)[mine])
+        layers = {module.layer_name: told for module in attentions}
+        before = oproj_patch.status().exchanges
+        with torch.inference_mode(), forward_context(config, len(tokens), layers):
+            output = built(tokens, tokens, None)
+        assert oproj_patch.status().exchanges - before == len(attentions) == 2
+        if mine == 1:
+            weights = dict(ascend.checkpoint(config.model_config.hf_config))
+            for index, layer in enumerate(built.model.layers):
+                name = f"model.layers.{index}.self_attn.o_proj"
+                ascend.unsharded(layer.self_attn.o_proj, weights[f"{name}.weight"])
+            expected = ascend.forward(built, config, 3, idle=False)
+            assert float((output - expected).abs().max()) <= 5e-6 * float(expected.abs().max())
+
+
+@part(NEWEST)
 def test_grouped_query_attention(here: Here) -> None:
     """Qwen3-MoE, whose o_proj is called by the model and not by the attention."""
     _another(here, "qwen", "AscendAttentionBackendImpl")
