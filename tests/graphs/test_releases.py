@@ -2,7 +2,7 @@
 
 A process for each release runs all modes; every test looks at one mode and scenario of it. A
 release whose deciding code is its predecessor's runs in its default mode only. With
-`OPROJ_TEST_GRAPHS=default` so does every release but five of vLLM's and vllm-ascend's.
+`OPROJ_TEST_GRAPHS=default` so does every release but those of `IN_FULL`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from oproj_patch.releases import ASCEND_RELEASES, VLLM_RELEASES, in_range
+from oproj_patch.releases import ASCEND_RELEASES, in_range
 from tests.hosts import wheels
 from tests.hosts.wheels import Host, ensure, environment, origin
 
@@ -34,16 +34,15 @@ AS_BEFORE = {
     "vllm": ("0.10.0", "0.10.2", "0.23.0", "0.26.0", "0.27.1", "0.29.0", "0.33.0"),
     "ascend": ("0.23.0.post1",),
 }
-IN_FULL = ("0.9.1", "0.11.0", "0.18.0", "0.25.1", wheels.INSTALLED)
+IN_FULL = {
+    "vllm": ("0.9.1", "0.11.0", "0.18.0", "0.25.1", wheels.INSTALLED),
+    "ascend": ("0.11.0", "0.13.0", "0.18.0", "0.23.0", list(ASCEND_RELEASES)[-1]),
+}
 # vllm-ascend 0.9.1 refuses graphs for DeepSeek models itself, and oproj_patch its graphs of others
 # (tests/hosts/test_ascend_refusals.py).
 HOSTS = tuple(host for host in wheels.HOSTS if str(host) != "ascend-0.9.1")
 NEWEST = Host("vllm", wheels.INSTALLED), Host("ascend", list(ASCEND_RELEASES)[-1])
-SKIPPED = tuple(
-    release
-    for release in VLLM_RELEASES
-    if os.environ.get("OPROJ_TEST_GRAPHS") == "default" and release not in IN_FULL
-)
+DEFAULT_ONLY = os.environ.get("OPROJ_TEST_GRAPHS") == "default"
 MODES = ("NONE", "PIECEWISE", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE", "FULL")
 # Captured are 1, 2, 4, 8 and 24 rows; a gather moves fewer bytes from 16 equal rows on, and begins
 # above 24.
@@ -77,7 +76,7 @@ def default(host: Host) -> str:
 
 def wanted(host: Host) -> dict[str, dict[str, Sequence[Step]]]:
     """Mode -> scenario -> steps: what is run of a host."""
-    skipped = host.kind == "vllm" and host.version in SKIPPED
+    skipped = DEFAULT_ONLY and host.version not in IN_FULL[host.kind]
     if skipped or host.version in AS_BEFORE[host.kind]:
         return {default(host): {name: PLANS[name] for name in ("one idle", "one prefilling")}}
     return {mode: PLANS for mode in modes(host)}
