@@ -207,7 +207,7 @@ def registry(host: VllmAscend) -> tuple[Seam, ...]:
          "check that this attention got a sharded o_proj", ("prefix",)),
         (IMPLEMENTATIONS, ".forward", attention_ran,
          "let a rank without attention metadata (idle rank, profile run) take part in the step",
-         ("attn_metadata", "output")),
+         ("output",)),
         (BACKENDS, ".__call__", host.piece_ran,
          "replay a graph only where all ranks have equal rows", ()),
         (SKIPS, "", lambda *_: False,  # a question whose answer must be no
@@ -221,14 +221,20 @@ def registry(host: VllmAscend) -> tuple[Seam, ...]:
 
 
 def attention_ran(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Wrap an attention implementation's forward: it always runs its o_proj."""
-    result = wrapped(*args, **kwargs)
+    """Wrap an attention implementation's forward: it always runs its o_proj.
+
+    Without attention metadata every release returns before o_proj. With metadata of no token some
+    do (SFA without rotary dimensions, 0.30.0rc2).
+    """
     layer: Any = getattr(instance, "o_proj", None)
-    given = dict(zip(_names(wrapped.__func__), args, strict=False)) | kwargs
-    ours = isinstance(layer, sharded.ShardedMixin)
-    if ours and given["attn_metadata"] is None:
-        output = given["output"]
-        columns = layer.input_size // layer.oproj.group.tp_size
+    if not isinstance(layer, sharded.ShardedMixin):
+        return wrapped(*args, **kwargs)
+    group = layer.oproj.group
+    before = group.steps
+    result = wrapped(*args, **kwargs)
+    if group.steps == before:
+        output = (dict(zip(_names(wrapped.__func__), args, strict=False)) | kwargs)["output"]
+        columns = layer.input_size // group.tp_size
         layer(output.new_zeros((output.shape[0], columns)))
         # 0.9.1 returns uninitialized memory, whose NaNs would spread in the experts' all-to-all.
         output.zero_()

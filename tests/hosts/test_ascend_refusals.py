@@ -82,6 +82,7 @@ def test_a_number_beside_the_built_in_option_is_refused(here: Here) -> None:
 # What is asked for: how the sentence names it, the releases that refuse it, and the remedy.
 REFUSALS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "xlite": ("additional_config.xlite_graph_config.enabled is True", RELEASES, "remove the"),
+    "sparse offload": ("sparse_kv_offload_config.enabled is True", RELEASES[-2:], "remove the"),
     "layer_sharding": ("additional_config.layer_sharding is ['o_proj']", RELEASES, "take o_proj"),
     "prefill": ("--prefill-context-parallel-size is 2", RELEASES, "remove the option"),
     "decode": ("--decode-context-parallel-size is 2", RELEASES, "remove the option"),
@@ -119,6 +120,7 @@ def test_configurations_are_refused_by_name_with_a_remedy(here: Here) -> None:
     changes: dict[str, list[tuple[Any, str, Any]]] = {
         "nothing": [],
         "xlite": [(theirs, "xlite_graph_config", enabled)],
+        "sparse offload": [(theirs, "sparse_kv_offload_config", enabled)],
         "layer_sharding": [(theirs, "layer_sharding", ["o_proj"])],
         "prefill": [(config.parallel_config, "prefill_context_parallel_size", 2)],
         "decode": [(config.parallel_config, "decode_context_parallel_size", 2)],
@@ -202,7 +204,7 @@ def test_our_key_is_out_of_its_sight(here: Here) -> None:
 
     ours = {"oproj_patch": {"size": 4, "weight_gather_rows": 0}}
     config = ascend.configured(here.model, 2, additional_config=ours)
-    found = ascend_config.AscendConfig(config)
+    found = ascend_config.init_ascend_config(config)
     assert not hasattr(found, "oproj_patch")
     assert config.additional_config["oproj_patch"] == ours["oproj_patch"]
     settings = resolved(Settings(size=4), config)
