@@ -26,6 +26,7 @@ class Seam:
     parameters: names the symbol's signature must have (drift check).
     since, until: first and last release with the symbol, as tested; empty: no such end.
     required: refuse a release without the symbol; else the symbol is wrapped where it exists.
+    lazy: wrapped only in a process that has imported the module already.
     """
 
     module: str
@@ -36,6 +37,7 @@ class Seam:
     since: str = ""
     until: str = ""
     required: bool = True
+    lazy: bool = False
 
     @property
     def symbol(self) -> str:
@@ -66,13 +68,15 @@ class Installed:
 
 
 def resolve(seam: Seam, host: str) -> tuple[Any, str, Any] | None:
-    """Return (parent, attribute name, original) of a seam; None when it is absent, not required.
+    """Return (parent, attribute name, original) of a seam; None when it is absent, not needed.
 
     host: name and version for the message. Raises OprojError when the symbol is missing or
     its signature lacks a parameter that the wrapper relies on.
     """
     import wrapt  # the command line does without it
 
+    if seam.lazy and seam.module not in sys.modules:
+        return None
     try:
         module = importlib.import_module(seam.module)
         parent, attribute, original = wrapt.resolve_path(module, seam.path)

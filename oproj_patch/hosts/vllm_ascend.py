@@ -24,7 +24,7 @@ from ..sharding.otp_group import Counts, OtpGroup
 from ..sharding.rows import Quantizer
 from . import refusals
 from .seam import Seam
-from .vllm import Vllm, attention_built
+from .vllm import SAVES, Vllm, attention_built, refuse_to_save
 
 TORCHAIR = "vllm_ascend.torchair"
 TORCHAIR_MODEL = "torchair.models.torchair_deepseek_v2"
@@ -62,6 +62,7 @@ SKIPS = (
     (RUNNER, "should_skip_allreduce_across_dp_group", "0.18.0", ""),
     ("ops.fused_moe.token_dispatcher", "should_skip_allreduce_across_dp_group", "0.18.0", ""),
 )
+SAVERS = (("_310p.sharded_state_loader_310p", "ShardedStateLoader310.save_model", "0.18.0", ""),)
 
 
 class VllmAscend(Vllm):
@@ -182,6 +183,7 @@ def registry(host: VllmAscend) -> tuple[Seam, ...]:
          ("attn_metadata", "output")),
         (SKIPS, "", lambda *_: False,  # a question whose answer must be no
          "keep vllm-ascend's synchronization of rows and graph mode across ranks", ()),
+        (SAVERS, "", refuse_to_save, SAVES, ("model",)),
     )  # fmt: skip
     return tuple(
         Seam(f"vllm_ascend.{module}", f"{name}{method}", wrapper, why, parameters, since, until)
