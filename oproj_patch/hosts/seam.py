@@ -87,17 +87,21 @@ def resolve(seam: Seam, host: str) -> tuple[Any, str, Any] | None:
             return None
         raise _drift(seam, host, f"cannot be found ({type(error).__name__}: {error})") from error
     function = inspect.unwrap(getattr(parent, attribute))
-    found = inspect.signature(function).parameters
+    try:
+        found = tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # written in C
+        found = ()
     lacking = [name for name in seam.parameters if name not in found]
     if not lacking:
         return parent, attribute, original
-    owner = str(getattr(function, "__module__", ""))
+    named = function if hasattr(function, "__qualname__") else type(function)
+    owner = str(named.__module__)
     what = f"has no parameter {', '.join(lacking)}, only {', '.join(found)}"
     if owner.partition(".")[0] == seam.module.partition(".")[0]:
         raise _drift(seam, host, what)
     raise OprojError(
         "OPROJ008",
-        f"{seam.symbol} of {host} was replaced by {owner}.{function.__qualname__}, which {what}; "
+        f"{seam.symbol} of {host} was replaced by {owner}.{named.__qualname__}, which {what}; "
         "accepted is a wrapper with functools.wraps, which keeps the signature: correct or "
         f"remove that plugin, or unset {TOGGLE}.",
     )

@@ -52,7 +52,7 @@ ATTENTIONS = (
     (TORCHAIR_MODEL, "TorchairDeepseekV2SFAAttention", "0.11.0", "0.11.0"),
 )
 IMPLEMENTATIONS = (
-    ("attention.mla_v1", "AscendMLAImpl", "0.9.1", ""),
+    ("attention.mla_v1", "AscendMLAImpl", "", ""),  # required whatever the version is called
     ("attention.sfa_v1", "AscendSFAImpl", "0.11.0", ""),
     ("torchair.torchair_mla", "AscendMLATorchairImpl", "0.11.0", "0.11.0"),
     ("torchair.torchair_sfa", "AscendSFATorchairImpl", "0.11.0", "0.11.0"),

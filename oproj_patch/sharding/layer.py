@@ -153,7 +153,8 @@ def construct(
     else:
         args = (*args[:place], outputs, *args[place + 1 :])
     cls: type = type(layer)
-    _warn_of_bypassed(cls)
+    names = (getattr(init, "__module__", ""), parallel_state.__name__)
+    _warn_of_bypassed(cls, tuple(name.partition(".")[0] for name in names))
     layer.__class__ = _sharded_class(cls)
     name, count = prefix, 1
     while name in group.layers:  # a drafter may name its layers as the model does
@@ -419,16 +420,26 @@ def _mixes_rows(layer: Any, like: torch.Tensor) -> bool:
     """Tell whether one row changes another row's result in the layer's quant method.
 
     A dynamic scale per tensor does: rows of another rank would then change this rank's result.
+    Raises OprojError for a method that remembers rows, because rows of one owner at a time do not
+    help there.
     """
     if type(layer.quant_method).__name__.startswith("Unquantized"):
         return False
     shard = layer.oproj
     columns = shard.plan.chunk
     rows = torch.arange(16 * columns, device=like.device).sin().view(16, columns).to(like.dtype)
-    quiet = shard.gemm(rows)[:8].float()
-    rows[8:] *= 1000
-    loud = shard.gemm(rows)[:8].float()
-    return bool((loud - quiet).abs().max() > 1e-3 * quiet.abs().max())
+    loud_rows = torch.cat([rows[:8], rows[8:] * 1000])
+    quiet, loud, again = (shard.gemm(x)[:8].float() for x in (rows, loud_rows, rows))
+    largest = quiet.abs().max()
+    if (again - quiet).abs().max() > 0.05 * largest:  # far above what the order of a sum changes
+        raise OprojError(
+            "OPROJ015",
+            f"{TOGGLE} is {shard.group.size}, and {type(layer.quant_method).__name__} of "
+            f"{shard.name} gave two results for the same rows: it remembers rows of earlier steps, "
+            "and those of other ranks would change this rank's results; leave o_proj out of that "
+            "quantization, or unset the variable.",
+        )
+    return bool((loud - quiet).abs().max() > 1e-3 * largest)
 
 
 def _measure(layer: Any) -> None:
@@ -445,14 +456,17 @@ def _measure(layer: Any) -> None:
 
 
 @functools.cache
-def _warn_of_bypassed(cls: type) -> None:
-    """Warn once when another plugin wrapped `cls.forward`: a sharded layer does not call it."""
-    for base in cls.__mro__:
-        forward = vars(base).get("forward")
-        if forward is None:
-            continue
-        if hasattr(forward, "__wrapped__") or forward.__module__ != base.__module__:
-            told = "%s.forward was replaced by %s; oproj_patch does not call it for o_proj layers."
-            module = getattr(forward, "__module__", type(forward).__module__)
-            _log.warning(told, base.__qualname__, module)
-        return
+def _warn_of_bypassed(cls: type, hosts: tuple[str, ...]) -> None:
+    """Warn once of another plugin's `forward` of `cls`, because a sharded layer does not call it.
+
+    The plugin has replaced the method, or registered `cls` in place of the host's class.
+    hosts: packages whose classes are the host's own.
+    """
+    base = next(base for base in cls.__mro__ if "forward" in vars(base))
+    forward = vars(base)["forward"]
+    module = getattr(forward, "__module__", type(forward).__module__)
+    ours = base.__module__.partition(".")[0] in hosts
+    if hasattr(forward, "__wrapped__") or module != base.__module__ or not ours:
+        told = "%s.%s.forward%s; oproj_patch does not call it for o_proj layers."
+        by = f" was replaced by {module}" if ours else " is another plugin's"
+        _log.warning(told, base.__module__, base.__qualname__, by)

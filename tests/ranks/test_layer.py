@@ -435,39 +435,61 @@ def other_rows() -> None:
     )
 
 
-def test_rows_of_one_rank_never_change_another_ranks_result(world: World) -> None:
-    world.run(loud_peer)
+@pytest.mark.parametrize("kind", ["scale", "statistic", "padding", "memory"])
+def test_rows_of_one_rank_never_change_another_ranks_result(world: World, kind: str) -> None:
+    world.run(loud_peer, kind)
 
 
-class PerTensor:
-    """A quantization method with one dynamic activation scale for all rows it is given."""
+class Mixing:
+    """A quantization method in which rows change each other's results.
 
-    def __init__(self, method: Any) -> None:
-        self.method = method
+    By one dynamic scale; by the mean of all rows; by the first row, which fills up a tile; by the
+    largest value of all steps so far.
+    """
+
+    def __init__(self, method: Any, kind: str) -> None:
+        self.method, self.kind, self.largest = method, kind, torch.zeros(())
 
     def process_weights_after_loading(self, layer: Any) -> None:
         self.method.process_weights_after_loading(layer)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: Any = None) -> torch.Tensor:
-        scale = x.abs().amax() / 7 if x.numel() else 1.0
-        return torch.nn.functional.linear((x / scale).round() * scale, layer.shard, bias)
+        if x.numel() and self.kind == "statistic":
+            x = x - x.mean(0)
+        elif x.numel() and self.kind == "padding":
+            x = x + x[:1] * 0.1
+        elif x.numel():
+            largest = x.abs().amax()
+            self.largest = torch.maximum(self.largest, largest)
+            scale = (self.largest if self.kind == "memory" else largest) / 7
+            x = (x / scale).round() * scale
+        return torch.nn.functional.linear(x, layer.shard, bias)
 
 
-def loud_peer() -> None:
-    """In a rank: rank 1's rows are quiet, loud, NaN; rank 0's results stay bit-identical."""
+def loud_peer(kind: str) -> None:
+    """In a rank: rank 1's rows are quiet, loud, NaN, none; rank 0's results stay bit-identical."""
+    import oproj_patch
+
     rank = int(os.environ["RANK"])
     with sharding(2, 2) as config:
         layer, _, _ = made(HIDDEN, COLUMNS)
         layer.shard = layer.weight.detach().clone()
-        layer.quant_method = PerTensor(layer.quant_method)
+        layer.quant_method = Mixing(layer.quant_method, kind)
         told = []
-        for factor in (1.0, 1000.0, float("nan")):
-            x = whole(3, COLUMNS, torch.float32, seed=rank) * (factor if rank else 1.0)
-            with layers.forward_context(config, [3, 3], announced=True), torch.inference_mode():
+        for factor, theirs in ((1.0, 3), (1000.0, 3), (float("nan"), 3), (1.0, 0)):
+            x = whole(theirs if rank else 3, COLUMNS, torch.float32, seed=rank)
+            x = x * (factor if rank else 1.0)
+            counts = layers.forward_context(config, [3, theirs], announced=True)
+            with counts, torch.inference_mode():
+                if kind == "memory":
+                    with pytest.raises(oproj_patch.OprojError) as raised:
+                        layer(x)
+                    assert "OPROJ015: " in str(raised.value) and "Mixing of" in str(raised.value)
+                    return
                 told.append(layer(x)[0])
         assert layer.oproj.mixes_rows
         if rank == 0:
-            assert torch.equal(told[0], told[1]) and torch.equal(told[0], told[2])
+            assert all(torch.equal(told[0], other) for other in told[1:])
             assert bool(told[0].isfinite().all())
 
 

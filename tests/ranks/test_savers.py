@@ -1,4 +1,4 @@
-"""Every saver of vLLM that names its files by tensor-parallel rank is refused where it is called."""
+"""Every saver of vLLM that names its files by tensor-parallel rank is refused when called."""
 
 from __future__ import annotations
 
