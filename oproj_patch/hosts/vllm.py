@@ -113,13 +113,15 @@ class Vllm(HostPass):
 
     def linear_constructed(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
         """Wrap a linear layer's constructor: an o_proj becomes a sharded layer."""
-        prefix = inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("prefix", "")
+        given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+        prefix, replicated = given.get("prefix", ""), given.get("disable_tp", False)
         owner, owner_prefix = owner_of(instance)
         if not prefix and owner in sharded.OWNERS:
             prefix = f"{owner_prefix}.o_proj"
             kwargs = {**kwargs, "prefix": prefix}
-        nested = isinstance(instance, sharded.ShardedMixin)
-        if nested or not sharded.is_o_proj(prefix, owner) or left_whole(prefix):
+        # Of a layer that asks for no tensor parallelism every rank holds all, by the host's word.
+        other = replicated or isinstance(instance, sharded.ShardedMixin)
+        if other or not sharded.is_o_proj(prefix, owner) or left_whole(prefix):
             wrapped(*args, **kwargs)
             return
         from vllm.distributed import parallel_state

@@ -324,17 +324,18 @@ def _sharded_class(cls: type) -> type:
     namespace["forward"] = _forward
     for loader in ("weight_loader", "weight_loader_v2"):
         if hasattr(cls, loader):
-            namespace[loader] = _seeing_own_group(getattr(cls, loader))
+            namespace[loader] = _seeing_own_group(cls, loader)
     return type(cls.__name__, (ShardedMixin, cls), namespace)
 
 
-def _seeing_own_group(method: Callable[..., Any]) -> Callable[..., Any]:
+def _seeing_own_group(cls: type, name: str) -> Callable[..., Any]:
     # vLLM <= 0.10 asks for the rank while it loads, not only while it constructs.
-    @functools.wraps(method)
+    @functools.wraps(getattr(cls, name))
     def wrapper(self: Any, param: Any, loaded_weight: Any, *args: Any, **kwargs: Any) -> Any:
         loaded_weight = grid.own_outputs(self, param, loaded_weight)
         with LayerScope(self.oproj.parallel_state, self.oproj.tp):
-            return method(self, param, loaded_weight, *args, **kwargs)
+            # Looked up at each call, because others patch it on the class after the build.
+            return getattr(cls, name)(self, param, loaded_weight, *args, **kwargs)
 
     return wrapper
 
@@ -342,18 +343,20 @@ def _seeing_own_group(method: Callable[..., Any]) -> Callable[..., Any]:
 def _see_own_group_after_loading(layer: Any) -> None:
     """Let post-load processing of the layer's quant method see the layer's own group."""
     method = layer.quant_method
-    if "process_weights_after_loading" in vars(method):  # shared with a layer seen before
+    theirs = vars(method).get("process_weights_after_loading")
+    if hasattr(theirs, "sees_own_group"):  # shared with a layer seen before
         return
 
     @functools.wraps(method.process_weights_after_loading)
     def process_weights_after_loading(module: Any, *args: Any, **kwargs: Any) -> Any:
         # Looked up at each call, because frameworks patch it on the class after the build.
-        process = type(method).process_weights_after_loading
+        process = theirs or functools.partial(type(method).process_weights_after_loading, method)
         if not isinstance(module, ShardedMixin):
-            return process(method, module, *args, **kwargs)
+            return process(module, *args, **kwargs)
         with LayerScope(module.oproj.parallel_state, module.oproj.tp):
-            return process(method, module, *args, **kwargs)
+            return process(module, *args, **kwargs)
 
+    process_weights_after_loading.sees_own_group = True  # type: ignore[attr-defined]
     method.process_weights_after_loading = process_weights_after_loading
 
 
@@ -427,9 +430,11 @@ def _mixes_rows(layer: Any, like: torch.Tensor) -> bool:
         return False
     shard = layer.oproj
     columns = shard.plan.chunk
-    rows = torch.arange(16 * columns, device=like.device).sin().view(16, columns).to(like.dtype)
-    loud_rows = torch.cat([rows[:8], rows[8:] * 1000])
-    quiet, loud, again = (shard.gemm(x)[:8].float() for x in (rows, loud_rows, rows))
+    rows = torch.arange(24 * columns, device=like.device).sin().view(24, columns).to(like.dtype)
+    scale = torch.ones(24, 1, dtype=like.dtype, device=like.device)
+    scale[8:16] = 1000  # in the middle, because a method may look at rows before or after
+    others = [*range(8), *range(16, 24)]
+    quiet, loud, again = (shard.gemm(x)[others].float() for x in (rows, rows * scale, rows))
     largest = quiet.abs().max()
     if (again - quiet).abs().max() > 0.05 * largest:  # far above what the order of a sum changes
         raise OprojError(
@@ -448,7 +453,9 @@ def _measure(layer: Any) -> None:
     params = list(layer.named_parameters(recurse=False))
     sizes = {name: param.numel() * param.element_size() for name, param in params}
     shard.kept = sum(sizes.values())
-    shard.saved = sum(sizes.get(name, 0) * (ways - 1) for name, ways in shard.cut.items())
+    # What a quant method makes of a parameter, under another name, is cut as the weight is.
+    cut = [(size, shard.cut.get(name, shard.group.size)) for name, size in sizes.items()]
+    shard.saved = sum(size * (ways - 1) for size, ways in cut)
     shard.description = " ".join(
         [type(layer.quant_method).__name__]
         + [f"{name}:{tuple(param.shape)}:{param.dtype}" for name, param in params]

@@ -89,15 +89,15 @@ class Wrapped(torch.Tensor):  # type: ignore[misc]
         return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
 
     def __init__(self, inner: torch.Tensor) -> None:
-        self.inner = inner
+        self.plain = inner
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.detach.default:
             if torch.is_inference_mode_enabled():
                 raise RuntimeError("Cannot set version_counter for inference tensor")
-            return cls(args[0].inner)
-        return func(*(getattr(arg, "inner", arg) for arg in args), **(kwargs or {}))
+            return cls(args[0].plain)
+        return func(*(getattr(arg, "plain", arg) for arg in args), **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
