@@ -26,7 +26,7 @@ class Seam:
     parameters: names the symbol's signature must have (drift check).
     since, until: first and last release with the symbol, as tested; empty: no such end.
     required: refuse a release without the symbol; else the symbol is wrapped where it exists.
-    lazy: wrapped only in a process that has imported the module already.
+    lazy: wrapped only in a process that has imported the module already, and never refused.
     """
 
     module: str
@@ -94,6 +94,8 @@ def resolve(seam: Seam, host: str) -> tuple[Any, str, Any] | None:
     lacking = [name for name in seam.parameters if name not in found]
     if not lacking:
         return parent, attribute, original
+    if seam.lazy:
+        return None
     named = function if hasattr(function, "__qualname__") else type(function)
     owner = str(named.__module__)
     what = f"has no parameter {', '.join(lacking)}, only {', '.join(found)}"

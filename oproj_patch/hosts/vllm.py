@@ -106,7 +106,7 @@ class Vllm(HostPass):
             Seam("vllm.config", "VllmConfig.compute_hash", config_hashed,
                  "give compiled graphs and memory plans of each setting their own cache key",
                  ("self",)),
-            *(Seam(f"{LOADERS}.{module}", saver, refuse_to_save, SAVES, ("model",), required=False)
+            *(Seam(f"{LOADERS}.{module}", saver, refuse_to_save, SAVES, required=False)
               for module, saver in SAVERS),
             *warm_up.seams(),
         )  # fmt: skip

@@ -183,7 +183,7 @@ def registry(host: VllmAscend) -> tuple[Seam, ...]:
          ("attn_metadata", "output")),
         (SKIPS, "", lambda *_: False,  # a question whose answer must be no
          "keep vllm-ascend's synchronization of rows and graph mode across ranks", ()),
-        (SAVERS, "", refuse_to_save, SAVES, ("model",)),
+        (SAVERS, "", refuse_to_save, SAVES, ()),
     )  # fmt: skip
     return tuple(
         Seam(f"vllm_ascend.{module}", f"{name}{method}", wrapper, why, parameters, since, until)

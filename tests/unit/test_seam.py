@@ -103,6 +103,17 @@ def test_nothing_is_wrapped_when_one_symbol_is_missing(host: Any) -> None:
     seams.undo(installed)
 
 
+def test_a_lazy_seam_is_never_refused(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lazy = functools.partial(Seam, NAME, wrapper=ours, why="save time", lazy=True)
+    for path, parameters in (("create", ("ranks",)), ("create", ("model",)), ("gone", ())):
+        seam = lazy(path=path, parameters=parameters, required=False)
+        installed = seams.install([seam], "host 1")
+        assert len(installed) == (parameters == ("ranks",))
+        seams.undo(installed)
+    monkeypatch.delitem(sys.modules, NAME)
+    assert seams.install([lazy(path="create", required=False)], "host 1") == []
+
+
 def careless(create: Any) -> Any:
     def wrapper(*args: Any) -> Any:
         return create(*args)
