@@ -85,9 +85,9 @@ def agree(
         if code:
             report.log(OprojError(code, sentence), rank, records, facts or {})
             # Who has not come by the deadline will not; where a verdict ended the wait, it may.
-            late = time.monotonic() >= deadline
-            heard = [other for other in ranks if not late or records[other] is not None]
-            _hear(store, key, rank, heard, HEARD_SECONDS if late else seconds)
+            left = deadline - time.monotonic()
+            heard = [other for other in ranks if left > 0 or records[other] is not None]
+            _hear(store, key, rank, heard, max(HEARD_SECONDS, left))
             raise OprojError(code, sentence)
 
 

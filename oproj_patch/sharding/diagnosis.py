@@ -79,13 +79,14 @@ def failed(where: str, counts: str, error: CollectiveError, group: OtpGroup) -> 
         agreement.agree, otp_group.store(), f"{group.store_key}/failed", rank, group.ranks, place,
         agreement.HEARD_SECONDS, functools.partial(_absent, problem, group), facts=facts,
     )  # fmt: skip
+    found = silent
     try:
         agreement.within(agreement.HEARD_SECONDS, ask, silent)
     except OprojError as verdict:
-        if verdict is not silent:
-            return verdict
-    report.log(silent, rank, {**dict.fromkeys(group.ranks), rank: place}, facts)
-    return silent
+        found = verdict
+    if found is silent or found.code == "OPROJ011":  # the store is gone: nobody else has answered
+        report.log(found, rank, {**dict.fromkeys(group.ranks), rank: place}, facts)
+    return found
 
 
 def _facts(group: OtpGroup) -> dict[str, str]:
