@@ -81,6 +81,14 @@ def _given(path: str) -> Found:
     return lambda facts: of(facts.vllm, path) is not None and "given"
 
 
+def _additional(name: str) -> Found:
+    def found(facts: Facts) -> object:
+        given = of(facts.vllm, "additional_config")
+        return isinstance(given, dict) and given.get(name)
+
+    return found
+
+
 def _more_than_one(name: str) -> Found:
     return lambda facts: (n := of(facts.vllm, f"parallel_config.{name}") or 1) > 1 and n
 
@@ -122,9 +130,6 @@ def _shared_experts(facts: Facts) -> object:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("--decode-context-parallel-size", _more_than_one("decode_context_parallel_size"),
-         "its ranks share one request's cache inside the tensor-parallel group, and the o_proj "
-         "input they produce has not been verified with a sharded o_proj"),
     Rule("--prefill-context-parallel-size", _more_than_one("prefill_context_parallel_size"),
          "it adds a dimension to the rank layout in which rows differ between ranks that the "
          "otp group takes for equal"),
@@ -178,6 +183,9 @@ RULES: tuple[Rule, ...] = (
          lambda facts: "o_proj" in (named := of(facts.ascend, "layer_sharding") or ()) and named,
          "both shard o_proj, or switch its weights", host="vllm-ascend",
          remedy="take o_proj out of the list, or unset the variable"),
+    Rule("additional_config.enable_dsa_cp", _additional("enable_dsa_cp"),
+         "its attention multiplies rows by a whole o_proj weight, which it gathers itself",
+         host="vllm-ascend", since="0.23.0"),
     Rule("VLLM_USE_V2_MODEL_RUNNER", _variable("VLLM_USE_V2_MODEL_RUNNER"),
          "the second model runner of vllm-ascend does not synchronize its graphs across ranks",
          host="vllm-ascend", remedy="unset one of the two"),

@@ -66,7 +66,9 @@ def join_world() -> None:
 
 
 @contextlib.contextmanager
-def model_groups(dp: int, tp: int = 1, pp: int = 1, config: Any = None) -> Iterator[Any]:
+def model_groups(
+    dp: int, tp: int = 1, pp: int = 1, config: Any = None, dcp: int = 1
+) -> Iterator[Any]:
     """Create vLLM's parallel groups within `world`; yield its configuration."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
@@ -79,7 +81,8 @@ def model_groups(dp: int, tp: int = 1, pp: int = 1, config: Any = None) -> Itera
     parallel.data_parallel_rank = int(os.environ["RANK"]) // (tp * pp) % dp
     with set_current_vllm_config(config):
         try:
-            parallel_state.initialize_model_parallel(tp, pp)
+            # The releases before 0.11 know no context parallelism.
+            parallel_state.initialize_model_parallel(tp, pp, *((1, dcp) if dcp > 1 else ()))
             yield config
         finally:
             parallel_state.destroy_model_parallel()

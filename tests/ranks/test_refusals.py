@@ -78,7 +78,7 @@ CASES: dict[str, tuple[dict[str, Any], list[list[Any]], str]] = {
     "decode context parallel": (
         {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
         [],
-        "--decode-context-parallel-size is 2: ",
+        "passes with 2",
     ),
     "prefill context parallel": (
         {},
