@@ -100,7 +100,7 @@ REFUSALS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "decode": ("", (), ""),
     "dsa_cp": ("additional_config.enable_dsa_cp is True", ("0.23.0",), "remove the option"),
     "VLLM_USE_V2_MODEL_RUNNER": ("VLLM_USE_V2_MODEL_RUNNER is 1", RELEASES, "unset one"),
-    "VLLM_ASCEND_ENABLE_DBO": ("VLLM_ASCEND_ENABLE_DBO is 1", RELEASES, "unset one"),
+    "VLLM_ASCEND_ENABLE_DBO": ("VLLM_ASCEND_ENABLE_DBO of vllm-ascend", TORCHAIR, "unset one"),
     "first engine": ("VLLM_USE_V1 is 0", RELEASES, "set VLLM_USE_V1=1"),
     "own graphs": ("its ACL graphs of vllm-ascend 0.9.1 is on", ("0.9.1",), "use --enforce-eager"),
     "full graphs": ("of vllm-ascend 0.", TORCHAIR, "use PIECEWISE or NONE|use --enforce-eager"),
