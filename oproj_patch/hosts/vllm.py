@@ -10,13 +10,14 @@ import hashlib
 import importlib.util
 import inspect
 import itertools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import releases
 from .._version import __version__
-from ..errors import OprojError
+from ..errors import OprojError, OprojValueError
 from ..settings import GRID, SKIP_VERSION_CHECK, TOGGLE, Settings
 from ..sharding import grid, metrics, otp_group, topology
 from ..sharding import layer as sharded
@@ -121,7 +122,21 @@ class Vllm(HostPass):
         from vllm.distributed import parallel_state
 
         group = otp_group.require(prefix)
-        sharded.construct(wrapped, instance, args, kwargs, group, parallel_state, self)
+        cls, before = type(instance), dict(vars(instance))
+        try:
+            sharded.construct(wrapped, instance, args, kwargs, group, parallel_state, self)
+        except OprojValueError as error:
+            if not group.main_layers:
+                raise
+            # A drafter that does not divide stays whole. All ranks have the same sizes.
+            group.complete = True
+            told = "the draft model keeps its whole o_proj from %s on (%s)"
+            logging.getLogger("vllm.oproj_patch").warning(told, prefix, error.sentence)
+            instance.__class__ = cls
+            vars(instance).clear()
+            vars(instance).update(before)
+            wrapped(*args, **kwargs)
+            return
         self.check_layer(instance)
 
     def check_layer(self, layer: Any) -> None:
