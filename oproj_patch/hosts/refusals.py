@@ -148,8 +148,6 @@ RULES: tuple[Rule, ...] = (
          "a rank that replays a graph and one that does not announce different rows for the halves "
          "of a batch", since="0.11.0", until="0.12.0",
          remedy="use PIECEWISE or NONE, or vLLM 0.13 or later"),
-    Rule("--enable-lora", _given("lora_config"),
-         "vLLM's LoRA layer bypasses the o_proj layer's own forward"),
     Rule("--load-format", _named("load_config.load_format", "sharded_state", "tensorizer",
                                  "runai_streamer_sharded", "ipc_cache", "rfork", "bitsandbytes"),
          "this loader names its files, or finds or cuts its tensors, by tensor-parallel rank only"),
@@ -188,6 +186,9 @@ RULES: tuple[Rule, ...] = (
     Rule("additional_config.enable_dsa_cp", _additional("enable_dsa_cp"),
          "its attention multiplies rows by a whole o_proj weight, which it gathers itself",
          host="vllm-ascend", since="0.23.0"),
+    Rule("--enable-lora", _given("lora_config"),
+         "its MLA runs the o_proj that it was built with, not the LoRA layer in its place, and its "
+         "other LoRA layers have not been run with a sharded o_proj", host="vllm-ascend"),
     Rule("VLLM_USE_V2_MODEL_RUNNER", _variable("VLLM_USE_V2_MODEL_RUNNER"),
          "the second model runner of vllm-ascend does not synchronize its graphs across ranks",
          host="vllm-ascend", remedy="unset one of the two"),

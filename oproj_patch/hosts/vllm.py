@@ -24,7 +24,7 @@ from ..sharding import layer as sharded
 from ..sharding.otp_group import Counts, OtpGroup
 from ..sharding.rows import HostPass
 from ..sharding.topology import Grid
-from . import refusals
+from . import lora, refusals
 from .refusals import of
 from .seam import Seam
 
@@ -89,6 +89,7 @@ class Vllm(HostPass):
             salted = f"{digest}/oproj_patch/{__version__}/{self.settings.shared()}"
             return hashlib.sha256(salted.encode()).hexdigest()[: len(digest)]
 
+        adapters = lora.seams(self.versions["vllm"]) if of(config, "lora_config") else ()
         attention = "check that DeepSeek's attention got a sharded o_proj", ("prefix",)
         return (
             Seam(LINEAR, "RowParallelLinear.__init__", self.linear_constructed,
@@ -106,6 +107,7 @@ class Vllm(HostPass):
                    "refuse files that are named by tensor-parallel rank only",
                    ("model",), required=False)
               for module, loader in SAVERS.items()),
+            *adapters,
         )  # fmt: skip
 
     def linear_constructed(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:

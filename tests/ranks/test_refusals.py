@@ -120,7 +120,7 @@ CASES: dict[str, tuple[dict[str, Any], list[list[Any]], str]] = {
     ),
     "dual-batch overlap": ({}, [["parallel_config.enable_dbo", True]], "passes with 2"),
     "micro-batches": ({}, [["parallel_config.ubatch_size", 3]], "passes with 2"),
-    "LoRA": ({"enable_lora": True}, [], "--enable-lora is given: "),
+    "LoRA": ({"enable_lora": True}, [], "passes with 2"),
     "sharded-state files": ({"load_format": "sharded_state"}, [], "--load-format is sharded_state"),
     "sharded-state stream": (
         {"load_format": "runai_streamer_sharded"},
