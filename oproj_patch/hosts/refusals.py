@@ -130,9 +130,6 @@ def _shared_experts(facts: Facts) -> object:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("--prefill-context-parallel-size", _more_than_one("prefill_context_parallel_size"),
-         "it adds a dimension to the rank layout in which rows differ between ranks that the "
-         "otp group takes for equal"),
     Rule("--enable-elastic-ep", _set("parallel_config.enable_elastic_ep"),
          "its data-parallel ranks come and go in stateless groups, and a shard of the weight "
          "would go with them"),
@@ -186,6 +183,9 @@ RULES: tuple[Rule, ...] = (
     Rule("additional_config.enable_dsa_cp", _additional("enable_dsa_cp"),
          "its attention multiplies rows by a whole o_proj weight, which it gathers itself",
          host="vllm-ascend", since="0.23.0"),
+    Rule("--prefill-context-parallel-size", _more_than_one("prefill_context_parallel_size"),
+         "its attention shards o_proj over the ranks of a prefill, or switches its weight",
+         host="vllm-ascend", since="0.30.0rc2"),
     Rule("--enable-lora", _given("lora_config"),
          "its MLA runs the o_proj that it was built with, not the LoRA layer in its place, and its "
          "other LoRA layers have not been run with a sharded o_proj", host="vllm-ascend"),

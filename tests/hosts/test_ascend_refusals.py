@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from oproj_patch.releases import ASCEND_RELEASES
+from oproj_patch.releases import ASCEND_RELEASES, in_range
 from tests.ranks import launch
 
 from . import ascend
@@ -96,7 +96,11 @@ def test_a_number_beside_the_built_in_option_is_refused(here: Here) -> None:
 REFUSALS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "xlite": ("additional_config.xlite_graph_config.enabled is True", RELEASES, "remove the"),
     "layer_sharding": ("additional_config.layer_sharding is ['o_proj']", RELEASES, "take o_proj"),
-    "prefill": ("--prefill-context-parallel-size is 2", RELEASES, "remove the option"),
+    "prefill": (
+        "--prefill-context-parallel-size is 2",
+        tuple(release for release in RELEASES if in_range(release, "0.30.0")),
+        "remove the option",
+    ),
     "LoRA": ("--enable-lora is given", RELEASES, "remove the option"),
     "decode": ("", (), ""),
     "dsa_cp": ("additional_config.enable_dsa_cp is True", ("0.23.0",), "remove the option"),

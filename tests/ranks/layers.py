@@ -67,7 +67,7 @@ def join_world() -> None:
 
 @contextlib.contextmanager
 def model_groups(
-    dp: int, tp: int = 1, pp: int = 1, config: Any = None, dcp: int = 1
+    dp: int, tp: int = 1, pp: int = 1, config: Any = None, pcp: int = 1, dcp: int = 1
 ) -> Iterator[Any]:
     """Create vLLM's parallel groups within `world`; yield its configuration."""
     from vllm.config import set_current_vllm_config
@@ -78,11 +78,13 @@ def model_groups(
     parallel.data_parallel_size = dp
     parallel.tensor_parallel_size = tp
     parallel.pipeline_parallel_size = pp
-    parallel.data_parallel_rank = int(os.environ["RANK"]) // (tp * pp) % dp
+    parallel.data_parallel_rank = int(os.environ["RANK"]) // (tp * pp * pcp) % dp
+    context = (pcp, dcp) if pcp * dcp > 1 else ()  # not known up to 0.10
+    if context:
+        parallel.prefill_context_parallel_size, parallel.decode_context_parallel_size = context
     with set_current_vllm_config(config):
         try:
-            # The releases before 0.11 know no context parallelism.
-            parallel_state.initialize_model_parallel(tp, pp, *((1, dcp) if dcp > 1 else ()))
+            parallel_state.initialize_model_parallel(tp, pp, *context)
             yield config
         finally:
             parallel_state.destroy_model_parallel()

@@ -1,12 +1,15 @@
-"""Decode context parallelism: vLLM's own MLA, whose o_proj is sharded, on TP 2 x DP 2 x DCP 2.
+"""Context parallelism beside a sharded o_proj, by vLLM's own parts.
 
-The tokens of a request are shared out over the caches of two tensor-parallel ranks. Triton's
-interpreter runs vLLM's kernels of the attention and of the combination of its parts.
+Decode: vLLM's MLA on TP 2 x DP 2 x DCP 2. The tokens of a request are shared out over the caches of
+two tensor-parallel ranks. Triton's interpreter runs vLLM's kernels of the attention and of the
+combination of its parts. Prefill: vLLM's manager cuts the batches of DP 2 x PCP 2.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,7 +18,15 @@ import pytest
 import torch
 
 from tests.ranks import launch
-from tests.ranks.layers import join_world, model_groups, whole
+from tests.ranks.layers import (
+    finish,
+    forward_context,
+    join_world,
+    made,
+    model_groups,
+    reference,
+    whole,
+)
 from tests.ranks.models import CONFIGS, engine_config, write
 
 PREFIX = "model.layers.0.self_attn"
@@ -67,7 +78,6 @@ def _passes(path: str, dcp: int, size: int) -> dict[str, Any]:
 
     oproj_patch.enable(size)
     config = engine_config(path)
-    config.parallel_config.decode_context_parallel_size = dcp
     config.cache_config.block_size = BLOCK
     try:
         with model_groups(2, 2, config=config, dcp=dcp), torch.inference_mode():
@@ -168,3 +178,80 @@ def _pass(config: Any, attention: Any, number: int) -> torch.Tensor:
     ):
         output: torch.Tensor = attention(positions, hidden, None)
     return output
+
+
+# pass -> data-parallel rank -> (tokens computed before, new tokens, is prefilled) of each request
+PREFILLS: list[list[list[tuple[int, int, bool]]]] = [
+    [[(0, 21, True), (7, 1, False)], [(0, 6, True)]],
+    [[(4, 1, False), (9, 1, False), (2, 1, False)], [(16, 30, True), (0, 3, True)]],
+    [[(0, 1, True)], [(3, 1, False)]],
+]
+
+
+def test_prefill_context_parallel(server: launch.Server) -> None:
+    """A rank runs, padded, as many rows as the most of its requests' chunks: as announced."""
+    told = launch.run(4, prefilled, env=INTERPRETED, server=server, seconds=240)
+    for number, requests in enumerate(PREFILLS):
+        for dp_rank in (0, 1):
+            pair = [told[2 * dp_rank + pcp_rank][number] for pcp_rank in (0, 1)]
+            assert pair[0]["counts"] == pair[1]["counts"]
+            assert {entry["rows"] for entry in pair} == {pair[0]["counts"][dp_rank]}
+            # Each token is a row of one rank, so all are exact; some pairs have rows to spare.
+            assert sum(entry["own"] for entry in pair) >= sum(
+                new for _, new, _ in requests[dp_rank]
+            )
+    assert any(entry["own"] < entry["rows"] for rank in told for entry in rank)
+
+
+def prefilled() -> list[dict[str, Any]]:
+    """In a rank: run o_proj on the chunks of each batch; the restored rows are the unsharded."""
+    from vllm.v1.worker.gpu.pcp_manager import PCPManager
+
+    import oproj_patch
+
+    join_world()
+    oproj_patch.enable(2)
+    try:
+        with model_groups(2, pcp=2) as config, torch.inference_mode():
+            layer, weight, _ = made(20, 48, prefix=f"{PREFIX}.o_proj")
+            finish(layer)
+            pcp_rank = int(os.environ["RANK"]) % 2
+            manager = PCPManager(2, pcp_rank, torch.device("cpu"), True, 8, 64)
+            told = [_chunks(config, layer, weight, manager, each) for each in PREFILLS]
+            assert oproj_patch.status().exchanges == len(PREFILLS)
+            return told
+    finally:
+        oproj_patch.disable()
+
+
+def _chunks(config: Any, layer: Any, weight: Any, manager: Any, requests: Any) -> dict[str, Any]:
+    """Run one batch of each data-parallel rank, cut by vLLM's manager."""
+    import numpy as np
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+    from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+
+    dp_rank, counts = config.parallel_config.data_parallel_rank, []
+    for each in requests:
+        _, new, prefills = (np.array(numbers) for numbers in zip(*each, strict=True))
+        counts.append(manager.get_num_tokens_for_dispatch(new, prefills))
+    before, new, prefills = (np.array(n) for n in zip(*requests[dp_rank], strict=True))
+    total = int(new.sum())
+    starts = np.concatenate([[0], new.cumsum()]).astype(np.int32)
+    batch = replace(
+        InputBatch.make_dummy(len(new), total, InputBuffers(8, 64, torch.device("cpu"))),
+        num_scheduled_tokens=new, num_computed_tokens_np=before.astype(np.int32),
+        query_start_loc=torch.from_numpy(starts), query_start_loc_np=starts,
+        prefill_len_np=(before + new * prefills).astype(np.int32), is_prefilling_np=prefills,
+        input_ids=torch.arange(total, dtype=torch.int32), has_prefill=bool(prefills.any()),
+    )  # fmt: skip
+    graph = BatchExecutionDescriptor(CUDAGraphMode.NONE, counts[dp_rank], None)
+    local = manager.partition_batch(batch, graph)
+    x = whole(total, 48, torch.float32, seed=7 + dp_rank)
+    mine = x[local.input_ids.long()]
+    with forward_context(config, counts, announced=True):
+        output = layer(mine)[0]
+    restored = manager.restore_hidden_states(output)
+    assert restored.shape == (total, 20)
+    assert float((restored.double() - reference(x, weight, None)).abs().max()) <= 5e-6
+    return {"counts": counts, "rows": mine.shape[0], "own": local.num_tokens}

@@ -83,7 +83,7 @@ CASES: dict[str, tuple[dict[str, Any], list[list[Any]], str]] = {
     "prefill context parallel": (
         {},
         [["parallel_config.prefill_context_parallel_size", 2]],
-        "--prefill-context-parallel-size is 2: ",
+        "passes with 2",
     ),
     "elastic expert parallel": (
         {},
