@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import inspect
 import itertools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 
 from .. import releases
 from .._version import __version__
-from ..errors import OprojError
+from ..errors import OprojError, OprojValueError
 from ..settings import GRID, SKIP_VERSION_CHECK, TOGGLE, Settings
 from ..sharding import diagnosis, grid, metrics, otp_group, topology, wire
 from ..sharding import layer as sharded
@@ -26,7 +27,7 @@ from ..sharding.otp_group import Counts, OtpGroup
 from ..sharding.rows import HostPass
 from ..sharding.topology import Grid
 from ..sharding.wire import Wire
-from . import refusals, warm_up
+from . import lora, refusals, warm_up
 from .refusals import of
 from .seam import Seam
 
@@ -96,6 +97,7 @@ class Vllm(HostPass):
             salted = f"{digest}/oproj_patch/{__version__}/{self.settings.shared()}"
             return hashlib.sha256(salted.encode()).hexdigest()[: len(digest)]
 
+        adapters = lora.seams(self.versions["vllm"]) if of(config, "lora_config") else ()
         attention = "check that DeepSeek's attention got a sharded o_proj", ("prefix",)
         return (
             Seam(LINEAR, "RowParallelLinear.__init__", self.linear_constructed,
@@ -112,6 +114,7 @@ class Vllm(HostPass):
             *(Seam(f"{LOADERS}.{module}", saver, refuse_to_save, SAVES, required=False)
               for module, saver in SAVERS),
             *warm_up.seams(),
+            *adapters,
         )  # fmt: skip
 
     def linear_constructed(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
@@ -130,7 +133,21 @@ class Vllm(HostPass):
         from vllm.distributed import parallel_state
 
         group = otp_group.require(prefix)
-        sharded.construct(wrapped, instance, args, kwargs, group, parallel_state, self)
+        cls, before = type(instance), dict(vars(instance))
+        try:
+            sharded.construct(wrapped, instance, args, kwargs, group, parallel_state, self)
+        except OprojValueError as error:
+            if not group.main_layers:
+                raise
+            # A drafter that does not divide stays whole. All ranks have the same sizes.
+            group.complete = True
+            told = "the draft model keeps its whole o_proj from %s on (%s)"
+            logging.getLogger("vllm.oproj_patch").warning(told, prefix, error.sentence)
+            instance.__class__ = cls
+            vars(instance).clear()
+            vars(instance).update(before)
+            wrapped(*args, **kwargs)
+            return
         self.check_layer(instance)
 
     def check_layer(self, layer: Any) -> None:

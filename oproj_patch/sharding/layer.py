@@ -367,15 +367,21 @@ def _forward(self: Any, input_: torch.Tensor, *_: Any, **__: Any) -> Any:
     group = shard.group
     if not self.input_is_parallel and group.tp_size > 1:
         input_ = input_.chunk(group.tp_size, dim=-1)[group.tp_rank]
-    if shard.traceable and torch.compiler.is_compiling():
-        output = exchange.run_traced(self, input_)
-    else:
-        output = torch.ops.oproj_patch.o_proj.default(input_, shard.label, shard.hidden)
+    output = step(self, input_)
     if self.reduce_results and group.tp_size > 1:
         output = shard.parallel_state.get_tp_group().all_reduce(output)
     if not self.return_bias:
         return output
     return output, (self.bias if self.skip_bias_add else None)
+
+
+def step(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """Run one step of a sharded layer, traced or not: x [..., K] -> [..., hidden]."""
+    shard = layer.oproj
+    if shard.traceable and torch.compiler.is_compiling():
+        return exchange.run_traced(layer, x)
+    output: torch.Tensor = torch.ops.oproj_patch.o_proj.default(x, shard.label, shard.hidden)
+    return output
 
 
 # The op as torch.compile sees it: opaque, one call, named by the layer. Dynamo inlines wrapt

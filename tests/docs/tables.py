@@ -30,9 +30,9 @@ def seams() -> str:
     The module of a symbol, and what follows a semicolon in the reason, stay in the code.
     """
     from oproj_patch import activation
-    from oproj_patch.hosts import ascend_option, vllm, vllm_ascend
+    from oproj_patch.hosts import ascend_option, lora, vllm, vllm_ascend
 
-    upstream = (activation.group_seam(), *vllm.Vllm({}).seams(None))
+    upstream = (activation.group_seam(), *vllm.Vllm({}).seams(None), *lora.seams(""))
     own = vllm_ascend.registry(vllm_ascend.VllmAscend({}))
     ascend = (*ascend_option.seams(Settings(size=2)), *own)
     rows: dict[tuple[str, str], dict[tuple[str, str], None]] = {}

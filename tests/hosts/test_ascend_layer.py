@@ -117,6 +117,20 @@ def test_model_with_idle_ranks_and_profile_run(here: Here) -> None:
 
 
 @part()
+def test_mla_runs_the_o_proj_that_it_was_built_with(here: Here) -> None:
+    """What keeps LoRA refused: vLLM puts its LoRA layer into the module, not into what runs."""
+    caches = here.config.compilation_config.static_forward_context.values()
+    impls = [getattr(layer, "impl", None) for layer in caches]
+    built = [impl.o_proj for impl in impls if hasattr(impl, "o_proj")]
+    assert len(built) == 2
+    for owner in list(here.built.modules()):
+        if getattr(owner, "o_proj", None) in built:
+            original, owner.o_proj = owner.o_proj, torch.nn.Identity()
+            assert original in [impl.o_proj for impl in impls if hasattr(impl, "o_proj")]
+            owner.o_proj = original
+
+
+@part()
 def test_w8a8_static_with_a_stand_in_for_npu_quant_matmul(here: Here) -> None:
     for outputs, shape in ((1, [32, 128]), (2, [16, 256])):
         layer, error, scale = _quantized(here.config, "W8A8", 10, shape, outputs)

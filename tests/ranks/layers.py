@@ -66,7 +66,9 @@ def join_world() -> None:
 
 
 @contextlib.contextmanager
-def model_groups(dp: int, tp: int = 1, pp: int = 1, config: Any = None) -> Iterator[Any]:
+def model_groups(
+    dp: int, tp: int = 1, pp: int = 1, config: Any = None, pcp: int = 1, dcp: int = 1
+) -> Iterator[Any]:
     """Create vLLM's parallel groups within `world`; yield its configuration."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
@@ -76,10 +78,13 @@ def model_groups(dp: int, tp: int = 1, pp: int = 1, config: Any = None) -> Itera
     parallel.data_parallel_size = dp
     parallel.tensor_parallel_size = tp
     parallel.pipeline_parallel_size = pp
-    parallel.data_parallel_rank = int(os.environ["RANK"]) // (tp * pp) % dp
+    parallel.data_parallel_rank = int(os.environ["RANK"]) // (tp * pp * pcp) % dp
+    context = (pcp, dcp) if pcp * dcp > 1 else ()  # not known up to 0.10
+    if context:
+        parallel.prefill_context_parallel_size, parallel.decode_context_parallel_size = context
     with set_current_vllm_config(config):
         try:
-            parallel_state.initialize_model_parallel(tp, pp)
+            parallel_state.initialize_model_parallel(tp, pp, *context)
             yield config
         finally:
             parallel_state.destroy_model_parallel()
