@@ -22,8 +22,8 @@ _input_fits_in_drafter = GPUModelRunner._input_fits_in_drafter
 class DraftingProbe(WorkerProbe):
     """The probe; it reports besides: drafts accepted, rejected, and steps too long to draft."""
 
-    def oproj_probe(self, directory: str = "") -> dict[str, Any]:
-        return super().oproj_probe(directory) | {"drafts": dict(_counts)}
+    def oproj_counts(self) -> dict[str, Any]:
+        return {"drafts": dict(_counts)}
 
 
 @functools.wraps(_parse_output)

@@ -217,7 +217,7 @@ def _unpack(distribution: str, version: str, new: Path) -> None:
         (wheel,) = Path(downloads).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             names = archive.namelist()
-            (about,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+            (about,) = (name for name in names if re.fullmatch(r"[^/]+\.dist-info/METADATA", name))
             if not _libraries_load(archive.read(about).decode()):
                 names = [name for name in names if not re.search(r"\.so(\.|$)", name)]
             archive.extractall(new, names)
@@ -261,7 +261,7 @@ def _installed(distribution: str) -> str | None:
 
 def _interpreter_tag(distribution: str) -> str:
     # The overlays with libraries for one Python version.
-    one_version = distribution in ("torch-npu", "wrapt")
+    one_version = distribution in ("torch-npu", "wrapt", "nixl-cu12", "ray")
     return f"-cp{sys.version_info[0]}{sys.version_info[1]}" if one_version else ""
 
 
