@@ -8,9 +8,10 @@ writes each table of these files anew between its markers, `<!-- NAME:begin -->`
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from oproj_patch.releases import ASCEND_RELEASES, VLLM_RELEASES
@@ -180,6 +181,24 @@ def architectures() -> str:
     return _table(head, [(f"`{name}`", *rows[name]) for name in sorted(rows)])
 
 
+def deployments() -> str:
+    """Return the rows that tests declare by `@pytest.mark.deployment(NAME, WHAT WAS RUN)`.
+
+    The sources are read and not imported, because some tests need packages that others do not.
+    """
+    rows = [row for path in sorted(ROOT.glob("tests/*/test_*.py")) for row in _declared(path)]
+    return _table(("deployment", "what was run", "test"), rows)
+
+
+def _declared(path: Path) -> Iterator[tuple[str, str, str]]:
+    for test in ast.parse(path.read_text(encoding="utf-8")).body:
+        for mark in test.decorator_list if isinstance(test, ast.FunctionDef) else ():
+            if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.deployment":
+                name, run = map(ast.literal_eval, mark.args)
+                assert test.name.startswith("test_"), f"{path}: {test.name} is no test"
+                yield name, run, f"`{path.relative_to(ROOT)}::{test.name}`"
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "seams": seams,
     "refusals": refusals,
@@ -187,6 +206,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "graphs": graphs,
     "savings": savings,
     "architectures": architectures,
+    "deployments": deployments,
 }
 
 

@@ -36,6 +36,7 @@ def requests() -> list[Request]:
     ]
 
 
+@pytest.mark.deployment("`vllm serve`", "DP=2, N=2; 64 requests at once")
 def test_64_concurrent_requests(runs: EngineRuns, tmp_path: Path) -> None:
     with serve(runs.config(STORY_TELLER, otp=None)) as server:
         off = answer_all(server)
