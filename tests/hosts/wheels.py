@@ -180,6 +180,15 @@ def store(distribution: str, version: str) -> Path | None:
     return stored(name, lambda new: _unpack(distribution, version, new))
 
 
+def extras(*requirements: str) -> tuple[Path, ...]:
+    """Return the overlays of what only some tests need, `DISTRIBUTION==VERSION` each.
+
+    Raises RuntimeError when pip could not download a wheel.
+    """
+    overlays = (store(*requirement.split("==")) for requirement in requirements)
+    return tuple(overlay for overlay in overlays if overlay)
+
+
 def stored(name: str, build: Callable[[Path], None]) -> Path:
     """Return the cache's directory `name`, made by `build(PATH)` first unless it exists.
 
