@@ -171,24 +171,25 @@ def completions(run: OfflineRun) -> list[Completion]:
     return [c for rank in run.completions for entry in rank for c in entry]
 
 
-def longest_answers(run: OfflineRun) -> dict[str, list[int]]:
-    """The most tokens that a run gave to each prompt; every prompt has its own."""
-    longest: dict[str, list[int]] = {}
-    for completion in completions(run):
-        if len(completion.token_ids) > len(longest.get(completion.prompt, [])):
-            longest[completion.prompt] = completion.token_ids
-    assert set(longest) == set(PROMPTS)
-    return longest
-
-
 def assert_same_tokens(off: OfflineRun, on: OfflineRun) -> None:
     """Each completion of `on` is token for token the unpatched one of the same prompt.
 
-    Completions of different lengths are compared as far as the shorter goes: they are greedy.
     The layouts may differ; what a rank answers does not depend on the other ranks.
     """
-    longest = longest_answers(off)
-    for completion in completions(on):
+    assert_continued(off, completions(on))
+
+
+def assert_continued(off: OfflineRun, on: Sequence[Completion]) -> None:
+    """As `assert_same_tokens`, for completions that come from elsewhere.
+
+    Completions of different lengths are compared as far as the shorter goes: they are greedy.
+    """
+    longest: dict[str, list[int]] = {}
+    for completion in completions(off):
+        if len(completion.token_ids) > len(longest.get(completion.prompt, [])):
+            longest[completion.prompt] = completion.token_ids
+    assert set(longest) == set(PROMPTS)
+    for completion in on:
         expected = longest[completion.prompt]
         count = min(len(completion.token_ids), len(expected))
         assert count >= 1
@@ -225,11 +226,11 @@ def assert_sharded(
     otp: int,
     tp: int = 1,
     grid: str = "",
-    tokens: int = 0,
+    steps: int = 0,
 ) -> None:
     """Every worker of every rank holds 1/`otp`, says so, and exchanged.
 
-    grid: or else Nx1; tokens: of the longest answer, or else `max_tokens`.
+    grid: or else Nx1; steps: of the model that each worker ran at least, or else those of `spread`.
     """
     assert sorted((w["dp_rank"], w["tp_rank"]) for w in workers) == [
         (d, t) for d in range(dp) for t in range(tp)
@@ -255,7 +256,8 @@ def assert_sharded(
         assert status["bytes_kept"] == kept
         assert status["bytes_saved"] == kept * (otp - 1)
         # At least one exchange a layer for each token of the longest request.
-        assert status["exchanges"] >= (tokens or max_tokens(dp, tp)) * demo_model.NUM_LAYERS
+        least = steps or max_tokens(dp, tp)
+        assert status["exchanges"] >= least * demo_model.NUM_LAYERS
         assert status["exchanges"] % demo_model.NUM_LAYERS == 0
     assert_info_lines(logs, workers=dp * tp, otp=otp, grid=grid or f"{otp}x1")
 

@@ -15,21 +15,22 @@ from typing import Any
 import pytest
 
 from demo import model as demo_model
-from demo.engines import Round, Server, free_port, run_offline, serve
+from demo.engines import Completion, Round, Server, free_port, run_offline, serve
 
 from ..hosts import wheels
-from .http_api import post, tokens
 from .runs import (
+    FEW_TOKENS,
     MAX_TOKENS,
     PROMPTS,
     STORY_TELLER,
     EngineRuns,
+    assert_continued,
     assert_round_sizes,
     assert_same_tokens,
     assert_sharded,
     assert_unpatched,
-    longest_answers,
 )
+from .serving import Request, answers, post
 
 BLOCK = 16  # of vLLM's CPU backend for MLA
 NIXL = ("nixl==1.5.1", "nixl-cu12==1.5.1")
@@ -88,50 +89,56 @@ def decode(runs: EngineRuns, request: pytest.FixtureRequest) -> Iterator[Server]
 )
 def test_nixl(runs: EngineRuns, decode: Server, second: bool, otp: int | None) -> None:
     """Both ranks decode what the other instance prefilled, also after aborts."""
-    expected = longest_answers(runs.off(STORY_TELLER))
     before, dp = at_rest(decode), otp or 1
+    most = FEW_TOKENS if second else MAX_TOKENS  # the second runner is interpreted
+    requests = [Request(prompt, most, index % 2) for index, prompt in enumerate(PROMPTS)]
+    told: list[Completion] = []
     with instance(runs, "kv_producer", dp, otp, second) as prefill:
 
-        def answer(index: int, rank: int) -> None:
-            body = prefilled(prefill, index % dp, PROMPTS[index])
-            assert tokens(decode, body, rank) == expected[PROMPTS[index]][:MAX_TOKENS]
+        def relay(*requests: Request) -> None:
+            with ThreadPoolExecutor(4) as pool:
+                prefilled = pool.map(lambda request: prefill_of(prefill, dp, request), requests)
+                told.extend(pool.map(lambda each: answers(decode, [each])[0], prefilled))
 
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda index: answer(index, index % 2), range(8)))
-        for rank in (0, 1):  # aborted while it is decoded
-            body = prefilled(prefill, 0, PROMPTS[8 + rank])
-            with post(decode, body | {"stream": True}, rank) as response:
+        relay(*requests[:8])
+        for request in requests[8:10]:  # aborted while it is decoded
+            streamed = prefill_of(prefill, dp, replace(request, more={"stream": True}))
+            with post(decode, streamed) as response:
                 assert response.readline().startswith(b"data: ")
         with pytest.raises(TimeoutError):  # before it is decoded
-            post(decode, prefilled(prefill, 0, PROMPTS[10]), 0, timeout=0.001)
-        for rank in (0, 1):
-            answer(11 + rank, rank)
-        assert_rank_1_works_alone(decode, lambda: answer(13, 1))
+            post(decode, prefill_of(prefill, dp, requests[10]), timeout=0.001)
+        relay(*requests[11:13])
+        assert_rank_1_works_alone(decode, lambda: relay(requests[13]), most)
         if otp:
-            assert_sharded(prefill.workers(), [prefill.log()], dp=dp, otp=otp, tokens=1)
+            assert_sharded(prefill.workers(), [prefill.log()], dp=dp, otp=otp, steps=5)
         else:
             assert_unpatched(prefill.workers(), [prefill.log()])
         for server in (prefill, decode):
             assert ("Using V2 Model Runner" in server.log()) == second
+    assert len(told) == 8 + 2 + 1
+    assert_continued(runs.off(STORY_TELLER), told)
     received = [
         now["transfers"] - then["transfers"]
         for then, now in zip(before, at_rest(decode), strict=True)
     ]
     assert received[0] >= 4 + 1 + 1 and received[1] == 4 + 1 + 1 + 1
-    assert_sharded(decode.workers(), [decode.log()], dp=2, otp=2)
+    assert_sharded(decode.workers(), [decode.log()], dp=2, otp=2, steps=4 * most)
 
 
-def prefilled(prefill: Server, rank: int, prompt: str) -> dict[str, Any]:
-    """Let `rank` of the prefill instance compute a prompt; return the request for the other."""
-    whole = {"prompt": prompt, "kv_transfer_params": {"do_remote_decode": True}, "max_tokens": 1}
-    with post(prefill, whole, rank) as response:
+def prefill_of(prefill: Server, dp: int, request: Request) -> Request:
+    """Let the instance of `dp` ranks compute the prompt; return the request for the other one."""
+    more = {"kv_transfer_params": {"do_remote_decode": True}}
+    with post(prefill, Request(request.prompt, 1, (request.rank or 0) % dp, more)) as response:
         params = json.load(response)["kv_transfer_params"]
     assert params["do_remote_prefill"] is True
-    return {"prompt": prompt, "kv_transfer_params": params, "max_tokens": MAX_TOKENS}
+    return replace(request, more={**request.more, "kv_transfer_params": params})
 
 
-def assert_rank_1_works_alone(server: Server, work: Callable[[], None]) -> None:
-    """While rank 1 works, rank 0 has one step for each layer of a dummy batch; later it rests."""
+def assert_rank_1_works_alone(server: Server, work: Callable[[], None], most: int) -> None:
+    """While rank 1 works, rank 0 has one step for each layer of a dummy batch; then both rest.
+
+    work: a request of rank 1 for `most` tokens.
+    """
     before = at_rest(server)
     work()
     after = at_rest(server)
@@ -140,7 +147,7 @@ def assert_rank_1_works_alone(server: Server, work: Callable[[], None]) -> None:
         for what in ("exchanges", "dummy batches")
     )
     assert steps[0] == steps[1] == batches[0] * demo_model.NUM_LAYERS
-    assert batches[0] >= MAX_TOKENS
+    assert batches[0] >= most
     server.call("oproj_watch", 1.0)
     time.sleep(1.5)
     for now, worker in zip(after, server.workers(), strict=True):

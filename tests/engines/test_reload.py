@@ -9,20 +9,20 @@ import pytest
 from safetensors.torch import load_file
 
 from demo import model as demo_model
-from demo.engines import Server, serve
+from demo.engines import Completion, Server, serve
 
 from . import weights
-from .http_api import tokens
 from .runs import (
+    FEW_TOKENS,
     PROMPTS,
     STORY_TELLER,
     EngineRuns,
+    assert_continued,
     assert_sharded,
-    longest_answers,
 )
+from .serving import Request, answers
 
 TIMES = 10
-FEW_TOKENS = 8
 COLUMNS = demo_model.O_PROJ_IN // 2
 
 
@@ -32,7 +32,7 @@ COLUMNS = demo_model.O_PROJ_IN // 2
 @pytest.mark.deployment("`load_weights` with whole tensors", "the same")
 @pytest.mark.deployment("sparse patches of a checkpoint", "the same")
 def test_ten_times(runs: EngineRuns) -> None:
-    answers = longest_answers(runs.off(STORY_TELLER))
+    told: list[Completion] = []
     config = runs.config(STORY_TELLER, otp=2, load_format="dummy")
     checkpoint = str(config.model)
     right, patched = shards(config.model, 0.0), shards(config.model, 1.0)
@@ -50,12 +50,12 @@ def test_ten_times(runs: EngineRuns) -> None:
                 assert digests(server) == patched
                 server.call("oproj_load_sparse", checkpoint, 0.0)
             assert digests(server) == right
-            for rank in (0, 1):
-                prompt = PROMPTS[2 * time + rank]
-                body = {"prompt": prompt, "max_tokens": FEW_TOKENS}
-                assert tokens(server, body, rank) == answers[prompt][:FEW_TOKENS]
+            prompts = PROMPTS[2 * time : 2 * time + 2]
+            requests = [Request(prompt, FEW_TOKENS, rank) for rank, prompt in enumerate(prompts)]
+            told += answers(server, requests)
             server.call("oproj_damage")
-        assert_sharded(server.workers(), [server.log()], dp=2, otp=2)
+        assert_sharded(server.workers(), [server.log()], dp=2, otp=2, steps=TIMES * FEW_TOKENS)
+    assert_continued(runs.off(STORY_TELLER), told)
 
 
 def digests(server: Server) -> list[list[str]]:

@@ -561,7 +561,9 @@ CASES: dict[str, Callable[[], None]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.long] * (case == "children")) for case in CASES]
+)
 def test_vllm_first(case: str) -> None:
     launch.run(1, CASES[case], seconds=300)
 
