@@ -16,7 +16,7 @@ from demo import model as demo_model
 from demo.engines import EngineConfig, OfflineRun, Round, run_offline
 
 from . import drafter, warm
-from .runs import PLUGIN, SECOND_RUNNER
+from .runs import PLUGIN, SECOND_RUNNER, assert_info_lines
 
 PROMPTS = demo_model.prompts(8)
 CAPTURE_SIZES = [1, 2, 4, 8, 16]
@@ -71,6 +71,7 @@ def tokens(found: OfflineRun) -> list[list[list[list[int]]]]:
     return [[[c.token_ids for c in entry] for entry in rank] for rank in found.completions]
 
 
+@pytest.mark.deployment("device graphs, emulated, on both model runners", "DP=2, N=2; idle ranks")
 @pytest.mark.timeout(2000)
 @pytest.mark.parametrize(
     ("mode", "second"),
@@ -82,6 +83,9 @@ def test_same_tokens(mode: str, second: bool) -> None:
     whole_mode = MODES[second][0]
     on, off = run(mode, 2, second), run(whole_mode, 0, second)
     assert tokens(on) == tokens(off)
+    assert_info_lines(on.logs, workers=2, otp=2, grid="2x1")
+    for log in on.logs:
+        assert ("Using V2 Model Runner" in log) == second
     for sharded, whole in zip(on.workers, off.workers, strict=True):
         assert sharded["status"]["size"] == 2 and not whole["status"]["enabled"]
         # As many graphs as without the shim. How many steps an idle rank replays is chance.

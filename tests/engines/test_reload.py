@@ -27,10 +27,10 @@ COLUMNS = demo_model.O_PROJ_IN // 2
 
 
 @pytest.mark.deployment(
-    "`update_config` and `reload_weights`", "DP=2, N=2; after a dummy load, ten times"
+    "`update_config` and `reload_weights`", "DP=2, N=2; after a dummy load, and ten changes"
 )
-@pytest.mark.deployment("`load_weights` with whole tensors", "the same")
-@pytest.mark.deployment("sparse patches of a checkpoint", "the same")
+@pytest.mark.deployment("`load_weights` with whole tensors", "DP=2, N=2; after each, the tokens")
+@pytest.mark.deployment("sparse patches of a checkpoint", "DP=2, N=2; forth and back")
 def test_ten_times(runs: EngineRuns) -> None:
     told: list[Completion] = []
     config = runs.config(STORY_TELLER, otp=2, load_format="dummy")
