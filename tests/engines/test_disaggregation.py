@@ -58,11 +58,9 @@ def instance(
         },
     )
     env = {**config.env, **ON_THIS_MACHINE, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port(run=dp))}
-    extension, path = (
-        "tests.engines.disaggregation.Probe",
-        (*config.python_path, *wheels.extras(*NIXL)),
-    )
-    with serve(replace(config, env=env, python_path=path, extension=extension)) as server:
+    path = (*config.python_path, *wheels.extras(*NIXL))
+    config = replace(config, env=env, python_path=path)
+    with serve(replace(config, extension="tests.engines.disaggregation.Probe")) as server:
         yield server
 
 

@@ -48,9 +48,9 @@ def cluster(runs: EngineRuns) -> Iterator[engines.EngineConfig]:
             "object_store_memory": 80 << 20,
             "temp_dir": short,
             "include_dashboard": "false",
-            **dict.fromkeys(
-                ("min_worker_port", "max_worker_port", "dashboard_agent_listen_port"), 0
-            ),
+            "min_worker_port": 0,
+            "max_worker_port": 0,
+            "dashboard_agent_listen_port": 0,
         }
         work = Path(short, "work")
         work.mkdir()
