@@ -16,6 +16,7 @@ from pathlib import Path
 
 from oproj_patch.releases import ASCEND_RELEASES, VLLM_RELEASES
 from oproj_patch.settings import Settings
+from tests.hosts.wheels import INSTALLED
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
@@ -33,7 +34,7 @@ def seams() -> str:
 
     upstream = (activation.group_seam(), *vllm.Vllm({}).seams(None))
     own = vllm_ascend.registry(vllm_ascend.VllmAscend({}))
-    ascend = (ascend_option.seam(Settings(size=2)), *own)
+    ascend = (*ascend_option.seams(Settings(size=2)), *own)
     rows: dict[tuple[str, str], dict[tuple[str, str], None]] = {}
     for host, releases, registry in (
         ("vLLM", VLLM_RELEASES, upstream),
@@ -94,7 +95,7 @@ EVIDENCE: Mapping[str, str] = {
     "MTP": "tests/engines/test_mtp.py::test_drafter",
     "oldest engine": "tests/engines/test_releases.py::test_oldest_engine",
 }
-_ENGINES = {"0.28.0": "oldest engine", VLLM_RELEASES[-1]: "engine, MTP"}
+_ENGINES = {"0.28.0": "oldest engine", INSTALLED: "engine, MTP"}
 # What is run of each vllm-ascend release: models, more with idle ranks, and what torchair traces.
 # 0.9.1 has no sparse attention, the releases after 0.11.0 no torchair.
 _ASCEND_LAYERS: Mapping[str, tuple[str, str, str]] = {
@@ -103,6 +104,9 @@ _ASCEND_LAYERS: Mapping[str, tuple[str, str, str]] = {
     "0.13.0": ("model, sparse", "", ""),
     "0.18.0": ("model, sparse", "", ""),
     "0.23.0": ("model, sparse, grouped query, TP 2", ", proposer", ""),
+    "0.23.0.post1": ("model, sparse", "", ""),
+    "0.26.0rc1": ("model, sparse", "", ""),
+    "0.30.0rc2": ("model, sparse, grouped query, TP 2", ", proposer", ""),
 }
 
 

@@ -149,14 +149,20 @@ def test_prefix_caching_with_chunked_prefill(runs: EngineRuns) -> None:
 # -- programs -------------------------------------------------------------------------------------
 
 
-@pytest.mark.deployment("engine in the program (`VLLM_ENABLE_V1_MULTIPROCESSING=0`)", "DP=2, N=2")
+@pytest.mark.deployment(
+    "engine in the program (`VLLM_ENABLE_V1_MULTIPROCESSING=0`)", "DP=2, N=2; idle ranks"
+)
 def test_engine_in_the_program(runs: EngineRuns) -> None:
     config = runs.config(STORY_TELLER, otp=2)
     config = replace(config, env={**config.env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
-    assert_two_ranks(runs, run_offline(config, ROUNDS))
+    on = run_offline(config, ROUNDS)
+    assert_in_the_program(on)
+    assert_two_ranks(runs, on)
 
 
-@pytest.mark.deployment("`--distributed-executor-backend external_launcher`", "DP=2, N=2")
+@pytest.mark.deployment(
+    "`--distributed-executor-backend external_launcher`", "DP=2, N=2; idle ranks"
+)
 def test_external_launcher(runs: EngineRuns) -> None:
     """The environment of each rank is what torchrun gives it."""
     options = {"data_parallel_size": 2, "distributed_executor_backend": "external_launcher"}
@@ -170,14 +176,25 @@ def test_external_launcher(runs: EngineRuns) -> None:
         master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         return config.start(command, kept | own | master, *rest)
 
-    assert_two_ranks(runs, run_offline(replace(config, start=start), ROUNDS))
+    on = run_offline(replace(config, start=start), ROUNDS)
+    assert_in_the_program(on)
+    assert_two_ranks(runs, on)
 
 
-@pytest.mark.deployment("`--enable-expert-parallel`", "DP=2, N=2; no expert is dispatched")
+@pytest.mark.deployment(
+    "`--enable-expert-parallel`", "DP=2, N=2; no expert is dispatched; idle ranks"
+)
 def test_expert_parallel(runs: EngineRuns) -> None:
     """vLLM's CPU kernels of experts have no map of experts, so the model is the dense one."""
     config = runs.config(STORY_TELLER, otp=2, enable_expert_parallel=True)
-    assert_two_ranks(runs, run_offline(config, ROUNDS))
+    on = run_offline(config, ROUNDS)
+    assert "'enable_expert_parallel': True" in on.logs[0]
+    assert_two_ranks(runs, on)
+
+
+def assert_in_the_program(on: OfflineRun) -> None:
+    """No process of its own runs the engine: vLLM names it in the lines that it logs."""
+    assert not any("(EngineCore" in log for log in on.logs)
 
 
 def assert_two_ranks(runs: EngineRuns, on: OfflineRun) -> None:
