@@ -200,7 +200,7 @@ def _plugin() -> Told:
 
 def _seam(seam: Seam, host: str) -> Told:
     if resolve(seam, host) is None:
-        return "note", f"{seam.symbol}: not in this release, and not needed."
+        return "note", f"{seam.symbol}: not in this release or process, and not needed."
     return "ok", seam.symbol + (f" ({', '.join(seam.parameters)})" if seam.parameters else "")
 
 

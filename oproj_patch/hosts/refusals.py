@@ -118,6 +118,14 @@ def _captured_as(*modes: str) -> Found:
     return lambda facts: not torchair(facts.ascend) and (m := graph_mode(facts.vllm)) in modes and m
 
 
+def _asynchronous_eplb(facts: Facts) -> object:
+    # Before 0.23 there is NCCL only. From then on vLLM names another communicator where it is asked
+    # for EPLB, and from 0.24 on it refuses NCCL itself.
+    eplb = of(facts.vllm, "parallel_config.eplb_config")
+    on = of(facts.vllm, "parallel_config.enable_eplb") and of(eplb, "use_async")
+    return on and of(eplb, "communicator") in (None, "torch_nccl", "pynccl")
+
+
 def _first_engine(_: Facts) -> object:
     from vllm import envs
 
@@ -141,10 +149,11 @@ RULES: tuple[Rule, ...] = (
          "would go with them"),
     Rule("--enable-fault-tolerance", _set("parallel_config.enable_fault_tolerance"),
          "its retry builds vLLM's process groups anew and not the otp group"),
-    Rule("asynchronous EPLB with --all2all-backend",
-         _all(_set("parallel_config.enable_eplb"), _set("parallel_config.eplb_config.use_async"),
-              _named("parallel_config.all2all_backend", "deepep*")),
-         "DeepEP then allows no other collective of the device in a forward pass"),
+    Rule("eplb_config.use_async over NCCL", _asynchronous_eplb,
+         "its thread moves experts over NCCL, beside which no forward pass may use NCCL, or ranks "
+         "wait for each other",
+         remedy="set eplb_config.use_async to false, or eplb_config.communicator to nixl or "
+         "torch_gloo (vLLM 0.23 or later), or unset the variable"),
     Rule("--enable-dbo", _set("parallel_config.enable_dbo"),
          "two halves of a batch run in two threads, whose steps could meet in either order"),
     Rule("--ubatch-size", _more_than_one("ubatch_size"),

@@ -25,7 +25,7 @@ from ..sharding.otp_group import CollectiveError, Counts, OtpGroup, require
 from ..sharding.rows import Quantizer, gather
 from . import refusals
 from .seam import Seam
-from .vllm import Vllm, attention_built
+from .vllm import SAVES, Vllm, attention_built, refuse_to_save
 
 TORCHAIR = "vllm_ascend.torchair"
 TORCHAIR_MODEL = "torchair.models.torchair_deepseek_v2"
@@ -54,7 +54,7 @@ ATTENTIONS = (
     (TORCHAIR_MODEL, "TorchairDeepseekV2SFAAttention", "0.11.0", "0.11.0"),
 )
 IMPLEMENTATIONS = (
-    ("attention.mla_v1", "AscendMLAImpl", "0.9.1", ""),
+    ("attention.mla_v1", "AscendMLAImpl", "", ""),  # required whatever the version is called
     ("attention.sfa_v1", "AscendSFAImpl", "0.11.0", ""),
     ("torchair.torchair_mla", "AscendMLATorchairImpl", "0.11.0", "0.11.0"),
     ("torchair.torchair_sfa", "AscendSFATorchairImpl", "0.11.0", "0.11.0"),
@@ -65,6 +65,7 @@ SKIPS = (
     (RUNNER, "should_skip_allreduce_across_dp_group", "0.18.0", ""),
     ("ops.fused_moe.token_dispatcher", "should_skip_allreduce_across_dp_group", "0.18.0", ""),
 )
+SAVERS = (("_310p.sharded_state_loader_310p", "ShardedStateLoader310.save_model", "0.18.0", ""),)
 
 
 class VllmAscend(Vllm):
@@ -164,11 +165,12 @@ class VllmAscend(Vllm):
         The ranks agree on their rows before the first piece. Where rows differ, no rank replays.
         """
         if piece.is_first_graph:
-            group = require("the model")
+            group, rows = require("the model"), args[piece.sym_shape_indices[0]]
             try:
-                self._agreed = gather((args[piece.sym_shape_indices[0]],), group)[0]
+                self._agreed = gather((rows,), group)[0]
             except CollectiveError as error:
-                raise diagnosis.failed("the beginning of a pass", error, group) from error
+                where = "the beginning of a pass"
+                raise diagnosis.failed(where, str(rows), error, group) from error
         differ = len(set(self._agreed or ())) > 1
         output = (piece.compiled_graph_for_general_shape if differ else wrapped)(*args, **kwargs)
         if piece.is_last_graph:
@@ -212,6 +214,7 @@ def registry(host: VllmAscend) -> tuple[Seam, ...]:
          "replay a graph only where all ranks have equal rows", ()),
         (SKIPS, "", lambda *_: False,  # a question whose answer must be no
          "keep vllm-ascend's synchronization of rows and graph mode across ranks", ()),
+        (SAVERS, "", refuse_to_save, SAVES, ()),
     )  # fmt: skip
     return tuple(
         Seam(f"vllm_ascend.{module}", f"{name}{method}", wrapper, why, parameters, since, until)
@@ -227,7 +230,8 @@ def attention_ran(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     do (SFA without rotary dimensions, 0.30.0rc2).
     """
     layer: Any = getattr(instance, "o_proj", None)
-    if not isinstance(layer, sharded.ShardedMixin):
+    ours = isinstance(layer, sharded.ShardedMixin)
+    if not ours:
         return wrapped(*args, **kwargs)
     group = layer.oproj.group
     before = group.steps

@@ -87,6 +87,13 @@ def decide(counts: Counts, plan: Plan) -> Pattern:
     return Pattern(weight_gather.wins(plan.gather_from, counts), min(parts, max(counts)))
 
 
+def most_rows(plan: Plan, rows: int) -> int:
+    """Return the most rows of one GEMM, where no rank has more than `rows` in a step."""
+    # What `decide` does not cut, and the largest part of what it does.
+    uncut = max(plan.graph_rows, plan.buffer_bytes // plan.row_bytes + 1)
+    return max(rows, plan.size * min(rows, uncut))
+
+
 def run(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """Run one step of a sharded o_proj: x [..., K] -> [..., hidden], same dtype.
 
@@ -97,6 +104,7 @@ def run(layer: Any, x: torch.Tensor) -> torch.Tensor:
     group, plan = shard.group, shard.plan
     mine = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     step = group.steps
+    counts: Counts = ()
     try:
         if group.settings.debug:
             diagnosis.compare_places(shard.name, mine.shape[0], group, shard.host)
@@ -109,7 +117,9 @@ def run(layer: Any, x: torch.Tensor) -> torch.Tensor:
         else:
             output = exchange(layer, mine, counts, pattern.parts)
     except CollectiveError as error:
-        raise diagnosis.failed(f"step {step} at {shard.name}", error, group) from error
+        told = f"{mine.shape[0]} of {list(counts) or 'unknown counts'}"
+        where = f"step {step} at {shard.name}"
+        raise diagnosis.failed(where, told, error, group) from error
     return output if x.dim() == 2 else output.view(*x.shape[:-1], plan.hidden)
 
 

@@ -71,6 +71,8 @@ DENSE = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "n_routed
 
 DYNAMIC = SimpleNamespace(num_speculative_tokens_per_batch_size=[(1, 8, 3), (9, 64, 1)])
 
+OLD_EPLB = SimpleNamespace(use_async=True)
+
 # case -> (EngineArgs, set afterwards, what is said)
 CASES: dict[str, tuple[dict[str, Any], list[list[Any]], str]] = {
     "nothing special": ({}, [], "passes with 2"),
@@ -96,14 +98,31 @@ CASES: dict[str, tuple[dict[str, Any], list[list[Any]], str]] = {
         [["parallel_config.enable_fault_tolerance", True]],
         "--enable-fault-tolerance is True: ",
     ),
+    # As up to 0.22, where NCCL is the only communicator.
+    "asynchronous EPLB": (
+        {},
+        [["parallel_config.enable_eplb", True], ["parallel_config.eplb_config", OLD_EPLB]],
+        "eplb_config.use_async over NCCL is True: ",
+    ),
     "asynchronous EPLB over DeepEP": (
         {},
         [
             ["parallel_config.enable_eplb", True],
             ["parallel_config.eplb_config.use_async", True],
+            ["parallel_config.eplb_config.communicator", "pynccl"],
             ["parallel_config.all2all_backend", "deepep_low_latency"],
         ],
-        "asynchronous EPLB with --all2all-backend is deepep_low_latency: ",
+        "eplb_config.use_async over NCCL is True: ",
+    ),
+    "asynchronous EPLB without NCCL": (
+        {},
+        [
+            ["parallel_config.enable_eplb", True],
+            ["parallel_config.eplb_config.use_async", True],
+            ["parallel_config.eplb_config.communicator", "nixl"],
+            ["parallel_config.all2all_backend", "deepep_low_latency"],
+        ],
+        "passes with 2",
     ),
     "EPLB that is not asynchronous": (
         {},
@@ -112,6 +131,11 @@ CASES: dict[str, tuple[dict[str, Any], list[list[Any]], str]] = {
             ["parallel_config.eplb_config.use_async", False],
             ["parallel_config.all2all_backend", "deepep_low_latency"],
         ],
+        "passes with 2",
+    ),
+    "asynchronous EPLB that is off": (
+        {},
+        [["parallel_config.enable_eplb", False], ["parallel_config.eplb_config", OLD_EPLB]],
         "passes with 2",
     ),
     "a dynamic number of drafted tokens": (
