@@ -266,17 +266,21 @@ class Server:
         Raises `EngineError` when a worker has not answered after `timeout` seconds.
         """
         directory = Path(tempfile.mkdtemp(dir=self.process.log_path.parent))
-        request = urllib.request.Request(
-            f"{self.base_url}/collective_rpc",
-            data=json.dumps({"method": "oproj_probe", "args": [str(directory)]}).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            response.read()
+        self.call("oproj_probe", str(directory), timeout=timeout)
         if not _wait_until(lambda: len([*directory.glob("*.json")]) == self._workers, timeout):
             raise EngineError(f"not all {self._workers} workers answered the probe", [self.log()])
         reports = [json.loads(path.read_text()) for path in directory.iterdir()]
         return sorted(reports, key=lambda report: (report["dp_rank"], report["tp_rank"]))
+
+    def call(self, method: str, *args: Any, timeout: float = 60.0, **kwargs: Any) -> None:
+        """Call a method of every worker, with arguments that JSON can tell, and wait."""
+        request = urllib.request.Request(
+            f"{self.base_url}/collective_rpc",
+            data=json.dumps({"method": method, "args": args, "kwargs": kwargs}).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            response.read()
 
 
 @contextlib.contextmanager

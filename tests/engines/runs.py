@@ -23,6 +23,8 @@ from ..hosts import wheels
 from . import warm
 
 TOGGLE = "OPROJ_TENSOR_PARALLEL_SIZE"
+PLUGIN = Path(__file__).resolve().parents[1] / "graphs" / "plugin"
+SECOND_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
 PROMPTS = demo_model.prompts(20)
 MAX_TOKENS = 24
 FEW_TOKENS = 8  # with four workers: vLLM's waiting processes spin, a step takes a second on 2 cores
@@ -84,13 +86,14 @@ class EngineRuns:
         release: str = "",
         fresh: bool = False,
         grid: str = "",
+        second: bool = False,
         **options: Any,
     ) -> EngineConfig:
         """Return a configuration; `otp` None is unpatched, `options` are vLLM's own.
 
         `release` is a vLLM release that is not the installed one. With `fresh` the processes of
         the first rank are new interpreters; all others are forks. Compiled runs of one model,
-        layout and release share their compile cache.
+        layout and release share their compile cache. `second` asks for vLLM's second model runner.
         """
         if compiled:
             # Scalar code compiles faster. The compiler does not see into a step of ours anyway.
@@ -100,7 +103,12 @@ class EngineRuns:
         # 0.28.0 prefills MLA by FlashAttention, which it cannot import on a CPU.
         env = {"VLLM_MLA_DISABLE": "1"} if release else {}
         path = tuple(wheels.ensure(wheels.Host("vllm", release))) if release else ()
+        if second:
+            path, env = (PLUGIN,), SECOND_RUNNER
         zygote = warm.zygote(*path, **env)
+        if second:
+            env = {**env, "VLLM_PLUGINS": "oproj_triton_tests,oproj_patch"}  # no graphs
+            options = {"kernel_config": {"enable_jit_warmup": False}, **options}
         cache_key = (model, dp, tp, release)
         if compiled and cache_key not in self._caches:
             self._caches[cache_key] = self.scratch("compiled")

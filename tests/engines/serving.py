@@ -8,9 +8,9 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,15 @@ def until_healthy(*servers: Server) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """A greedy request of one prompt; rank: of the data-parallel ranks the one to answer it."""
+    """A greedy request of one prompt.
+
+    rank: of the data-parallel ranks the one to answer it; more: further fields of the body.
+    """
 
     prompt: str
     max_tokens: int
     rank: int | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 def answers(server: Server, requests: Sequence[Request]) -> list[Completion]:
@@ -66,6 +70,14 @@ def answers(server: Server, requests: Sequence[Request]) -> list[Completion]:
 
 
 def _answer(server: Server, request: Request) -> Completion:
+    with post(server, request) as got:
+        [choice] = json.load(got)["choices"]
+    assert len(choice["token_ids"]) == request.max_tokens
+    return Completion(request.prompt, choice["token_ids"], choice["text"])
+
+
+def post(server: Server, request: Request, timeout: float = 180.0) -> Any:
+    """Send a request; return the open response. Raises TimeoutError."""
     body = {
         "model": "demo",
         "prompt": request.prompt,
@@ -73,15 +85,13 @@ def _answer(server: Server, request: Request) -> Completion:
         "temperature": 0,
         "ignore_eos": True,
         "return_token_ids": True,
+        **request.more,
     }
     headers = {"Content-Type": "application/json"}
     if request.rank is not None:
         headers["X-data-parallel-rank"] = str(request.rank)
     url, data = f"{server.base_url}/v1/completions", json.dumps(body).encode()
-    with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=180) as got:
-        [choice] = json.load(got)["choices"]
-    assert len(choice["token_ids"]) == request.max_tokens
-    return Completion(request.prompt, choice["token_ids"], choice["text"])
+    return urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=timeout)
 
 
 def samples(server: Server, start: str) -> dict[tuple[str, str], float]:

@@ -16,8 +16,8 @@ from demo import model as demo_model
 from demo.engines import EngineConfig, OfflineRun, Round, run_offline
 
 from . import drafter, warm
+from .runs import PLUGIN, SECOND_RUNNER, assert_info_lines
 
-PLUGIN = Path(__file__).resolve().parents[1] / "graphs" / "plugin"
 PROMPTS = demo_model.prompts(8)
 CAPTURE_SIZES = [1, 2, 4, 8, 16]
 # Both busy; one much shorter; one idle. Prefills exceed the largest graph, decodes straddle sizes.
@@ -30,7 +30,6 @@ MODES = {  # whether on the second runner: the modes
     False: ("FULL_AND_PIECEWISE", "PIECEWISE"),
     True: ("FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"),
 }
-SECOND_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
 
 
 @functools.cache
@@ -80,6 +79,7 @@ def tokens(found: OfflineRun) -> list[list[list[list[int]]]]:
     return [[[c.token_ids for c in entry] for entry in rank] for rank in found.completions]
 
 
+@pytest.mark.deployment("device graphs, emulated, on both model runners", "DP=2, N=2; idle ranks")
 @pytest.mark.timeout(2000)
 @pytest.mark.parametrize(
     ("mode", "second"),
@@ -91,6 +91,9 @@ def test_same_tokens(mode: str, second: bool) -> None:
     whole_mode = MODES[second][0]
     on, off = run(mode, 2, second), run(whole_mode, 0, second)
     assert tokens(on) == tokens(off)
+    assert_info_lines(on.logs, workers=2, otp=2, grid="2x1")
+    for log in on.logs:
+        assert ("Using V2 Model Runner" in log) == second
     for sharded, whole in zip(on.workers, off.workers, strict=True):
         assert sharded["status"]["size"] == 2 and not whole["status"]["enabled"]
         # As many graphs as without the shim. How many steps an idle rank replays is chance.
