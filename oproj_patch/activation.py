@@ -97,8 +97,9 @@ def activate() -> None:
         return
     _state.settings = wanted
     _state.stack.callback(launch_env.add_to_vllm_plugins(os.environ))
-    seam, version = ascend_option.seam(wanted), lambda: f"vllm-ascend {ascend_version()}"
-    _state.stack.callback(install_on_import(seam, seam.module, version, []))
+    version = ascend_version()
+    seam, host = ascend_option.seam(wanted, version), lambda: f"vllm-ascend {version}"
+    _state.stack.callback(install_on_import(seam, seam.module, host, []))
     _wrap_group_creation()
 
 

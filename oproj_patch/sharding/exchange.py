@@ -12,6 +12,7 @@ is one hop, rounds once, and takes unequal rows.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -28,6 +29,9 @@ BUFFER_BYTES = 8 << 20
 
 There are three in each of two lanes. Two or three parts are under way at once, so a part is small.
 """
+
+MOST_VIEWS = 1024
+"""Of the buffers that are kept: a model meets many row counts, and a view costs microseconds."""
 
 
 class Plan(NamedTuple):
@@ -69,6 +73,7 @@ class Pattern(NamedTuple):
     parts: int
 
 
+@functools.lru_cache(maxsize=1024)
 def decide(counts: Counts, plan: Plan) -> Pattern:
     """Decide how a step communicates, from facts that are equal on all ranks of the group.
 
@@ -97,7 +102,7 @@ def run(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """
     shard = layer.oproj
     group, plan = shard.group, shard.plan
-    mine = x.reshape(-1, x.shape[-1])
+    mine = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     step = group.steps
     counts: Counts = ()
     try:
@@ -115,7 +120,7 @@ def run(layer: Any, x: torch.Tensor) -> torch.Tensor:
         told = f"{mine.shape[0]} of {list(counts) or 'unknown counts'}"
         where = f"step {step} at {shard.name}"
         raise diagnosis.failed(where, told, error, group) from error
-    return output.view(*x.shape[:-1], plan.hidden)
+    return output if x.dim() == 2 else output.view(*x.shape[:-1], plan.hidden)
 
 
 def exchange(layer: Any, x: torch.Tensor, counts: Counts, parts: int = 1) -> torch.Tensor:
@@ -128,7 +133,8 @@ def exchange(layer: Any, x: torch.Tensor, counts: Counts, parts: int = 1) -> tor
     if parts == 1:
         sent = narrowed(x, shard.quantizer, plan)
         partial = shard.gemm(dispatch(sent, counts, group, plan).wait(), counts)
-        return add_up(combine(partial, counts, group).wait(), plan.outputs)[: x.shape[0]]
+        mine = add_up(combine(partial, counts, group).wait(), plan.outputs)
+        return mine if len(mine) == len(x) else mine[: len(x)]
     # Every rank cuts every rank's rows in the same places.
     cuts = [tuple(count * part // parts for count in counts) for part in range(parts + 1)]
     some = [tuple(e - s for s, e in zip(*ends, strict=True)) for ends in itertools.pairwise(cuts)]
@@ -195,9 +201,11 @@ def dispatch(
     n, mine, given = group.size, counts[group.rank], x.shape[0]
     ways, chunk = n // plan.outputs, plan.chunk
     send = buffer("dispatch send", (ways, plan.outputs, mine, chunk), x, group, lane)
-    send[:, :, :given].copy_(x.view(given, ways, 1, chunk).permute(1, 2, 0, 3))
+    own = send
     if given < mine:
+        own = send[:, :, :given]
         send[:, :, given:].zero_()
+    own.copy_(x.view(given, ways, 1, chunk).permute(1, 2, 0, 3))
     received = buffer("dispatch receive", (sum(counts), chunk), x, group, lane)
     flat = send.view(n * mine, chunk)
     work = _all_to_all(received, flat, counts, (mine,) * n, group, lane is not None)
@@ -221,13 +229,14 @@ def add_up(parts: torch.Tensor, outputs: int = 1) -> torch.Tensor:
     outputs: b.
     """
     n, rows, width = parts.shape
-    parts = parts.view(n // outputs, outputs, rows, width).transpose(1, 2)
-    if n == 2 * outputs:
-        total = parts.new_empty(parts.shape[1:])
-        torch.add(parts[0], parts[1], out=total)
-    else:
+    if outputs > 1:
+        parts = parts.view(n // outputs, outputs, rows, width).transpose(1, 2)
+    if n != 2 * outputs:
         total = parts.sum(0)  # torch accumulates 16-bit types in float32
-    return total.view(rows, outputs * width)
+    else:
+        to = parts.new_empty(parts.shape[1:]) if outputs > 1 else None
+        total = torch.add(parts[0], parts[1], out=to)
+    return total.view(rows, outputs * width) if outputs > 1 else total
 
 
 def buffer(
@@ -237,9 +246,15 @@ def buffer(
 
     A graph replays on the same addresses; `reserve` makes it large enough before the first capture.
     """
-    size = math.prod(shape)
-    key = role, like.dtype, lane or 0
-    return group.memory(key, size, like.dtype, like.device)[:size].view(shape)
+    key = role, shape, like.dtype, lane or 0
+    view = group.views.get(key)
+    if view is None:
+        if len(group.views) >= MOST_VIEWS:
+            group.views.clear()
+        size = math.prod(shape)
+        memory = group.memory((role, *key[2:]), size, like.dtype, like.device)
+        view = group.views[key] = memory[:size].view(shape)
+    return view
 
 
 def reserve(group: OtpGroup, like: torch.Tensor) -> None:

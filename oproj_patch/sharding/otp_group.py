@@ -80,7 +80,8 @@ class OtpGroup:
     counts: what the ranks agreed on at the first layer of this forward pass.
     steps: steps run so far; gathers: how many of them gathered the weight.
     facts: what the ranks agreed on at the start, by name.
-    buffers: memory that all layers share; outgrown: smaller memory that a graph may hold.
+    buffers: memory that all layers share; outgrown: smaller memory that a graph may hold; views:
+        of the buffers, by what `exchange.buffer` was asked for.
     """
 
     ranks: list[int]
@@ -104,6 +105,7 @@ class OtpGroup:
     facts: Mapping[str, str] = field(default_factory=dict)
     buffers: dict[Any, torch.Tensor] = field(default_factory=dict)
     outgrown: list[torch.Tensor] = field(default_factory=list)
+    views: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.size, self.tp_size = len(self.ranks), len(self.tp_ranks)
@@ -123,6 +125,7 @@ class OtpGroup:
         if kept is None or kept.numel() < size:
             if kept is not None and self.graph_rows:
                 self.outgrown.append(kept)  # a captured graph may still write to it
+            self.views.clear()
             # The model writes to it in and out of inference mode: no inference tensor.
             with torch.inference_mode(False):
                 kept = self.buffers[key] = torch.empty(size, dtype=dtype, device=device)
@@ -282,10 +285,11 @@ class LayerScope:
     def __enter__(self) -> None:
         state = self.parallel_state
         with _exchanging:
-            if type(state._TP) is not _ByThread:
-                state._TP = _ByThread(state._TP)
-            self.view = state._TP
-            self.view._own.setdefault(threading.get_ident(), []).append(self.layer_tp)
+            view = state._TP
+            if type(view) is not _ByThread:
+                view = state._TP = _ByThread(view)
+            self.view = view
+            view._own.setdefault(threading.get_ident(), []).append(self.layer_tp)
 
     def __exit__(self, *_: object) -> None:
         own, thread = self.view._own, threading.get_ident()

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 
+from oproj_patch.releases import VLLM_RELEASES
 from tests.ranks import launch
 from tests.ranks.layers import build, configuration, model_groups, world
 
@@ -107,7 +108,8 @@ def cannot(code: str, rank: int, world: int, sentence: str) -> list[str]:
     return [f"{code}: {sentence}" if other == rank else others for other in range(world)]
 
 
-NOT_TESTED = cannot("OPROJ009", 1, 2, "requested vllm 0.9.1 to 0.32.0, found 0.99.0")
+TESTED = f"vllm {VLLM_RELEASES[0]} to {VLLM_RELEASES[-1]}"
+NOT_TESTED = cannot("OPROJ009", 1, 2, f"requested {TESTED}, found 0.99.0")
 NO_SYMBOL = cannot("OPROJ008", 1, 2, r"vllm\.\S+DeepseekV2Attention.__init__ of .* cannot be found")
 NOT_A_DIVISOR = cannot("OPROJ003", 2, 4, f"{TOGGLE} is 3; accepted are")
 NO_SIZE = cannot("OPROJ001", 2, 4, f"{TOGGLE} is 'two'; accepted are")

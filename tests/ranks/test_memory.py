@@ -77,6 +77,7 @@ def profiled(gather_from: str, buffer: int) -> None:
         with torch.inference_mode(), forward_context(config, [1, 1, 1], True):
             layer(whole(1, columns, torch.float32))  # the layers are settled and compared
         group.buffers.clear()
+        group.views.clear()
         most = step([MOST] * 3)
         kept = held(group)
         assert 0 < kept < most

@@ -14,6 +14,7 @@ import pytest
 from oproj_patch.errors import OprojError
 from oproj_patch.hosts import refusals
 from oproj_patch.hosts.vllm import Vllm
+from oproj_patch.releases import VLLM_RELEASES
 from oproj_patch.settings import Settings
 from tests.ranks.launch import World
 
@@ -193,6 +194,17 @@ CASES: dict[str, tuple[dict[str, Any], list[list[Any]], str]] = {
         [["model_config.hf_config.architectures", ["KimiK3ForConditionalGeneration"]]],
         "passes with 2",
     ),
+    "Muse Spark, tensor parallel": (
+        {"tensor_parallel_size": 2},
+        [["model_config.hf_config.architectures", ["MuseSpark1xForCausalLM"]]],
+        "architecture is MuseSpark1xForCausalLM: a fused kernel",
+    ),
+    "specialized decoding": (
+        {},
+        [["additional_config", {"decode_backend": "latency_specialized"}]],
+        "additional_config.decode_backend is latency_specialized: its kernels read o_proj's weight",
+    ),
+    "stock decoding": ({}, [["additional_config", {"decode_backend": "auto"}]], "passes with 2"),
     "a dense model": ({"model": DENSE}, [], "is a dense model: its data-parallel ranks run indep"),
     # vLLM runs dense ranks as instances of their own; the reason must still be the model.
     "a dense model without data parallelism": (
@@ -238,7 +250,7 @@ def verdict(name: str, directory: Path) -> str:
         owner.__dict__[attribute] = value
     ranks = config.parallel_config.data_parallel_size
     try:
-        Vllm({"vllm": "0.32.0"}).check(config, Settings(size=2))
+        Vllm({"vllm": VLLM_RELEASES[-1]}).check(config, Settings(size=2))
     except OprojError as error:
         return str(error)
     return f"passes with {ranks} data-parallel ranks"
@@ -305,7 +317,7 @@ def test_settings_that_device_graphs_exclude(settings: Settings, sentence: str) 
             cudagraph_capture_sizes=[1, 2, 512],
         ),
     )
-    host = Vllm({"vllm": "0.32.0"})
+    host = Vllm({"vllm": VLLM_RELEASES[-1]})
     assert host.graph_rows(config) == 512
     if not sentence:
         host.check(config, settings)
@@ -334,6 +346,6 @@ def test_settings_that_device_graphs_exclude(settings: Settings, sentence: str) 
 )
 def test_largest_captured_row_count(fields: dict[str, Any], rows: int) -> None:
     config = SimpleNamespace(compilation_config=SimpleNamespace(**fields))
-    assert Vllm({"vllm": "0.32.0"}).graph_rows(config) == rows
+    assert Vllm({"vllm": VLLM_RELEASES[-1]}).graph_rows(config) == rows
     config.model_config = SimpleNamespace(enforce_eager=True)
-    assert Vllm({"vllm": "0.32.0"}).graph_rows(config) == 0
+    assert Vllm({"vllm": VLLM_RELEASES[-1]}).graph_rows(config) == 0
