@@ -165,11 +165,12 @@ class VllmAscend(Vllm):
         The ranks agree on their rows before the first piece. Where rows differ, no rank replays.
         """
         if piece.is_first_graph:
-            group = require("the model")
+            group, rows = require("the model"), args[piece.sym_shape_indices[0]]
             try:
-                self._agreed = gather((args[piece.sym_shape_indices[0]],), group)[0]
+                self._agreed = gather((rows,), group)[0]
             except CollectiveError as error:
-                raise diagnosis.failed("the beginning of a pass", "", error, group) from error
+                where = "the beginning of a pass"
+                raise diagnosis.failed(where, str(rows), error, group) from error
         differ = len(set(self._agreed or ())) > 1
         output = (piece.compiled_graph_for_general_shape if differ else wrapped)(*args, **kwargs)
         if piece.is_last_graph:
@@ -229,7 +230,8 @@ def attention_ran(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     do (SFA without rotary dimensions, 0.30.0rc2).
     """
     layer: Any = getattr(instance, "o_proj", None)
-    if not isinstance(layer, sharded.ShardedMixin):
+    ours = isinstance(layer, sharded.ShardedMixin)
+    if not ours:
         return wrapped(*args, **kwargs)
     group = layer.oproj.group
     before = group.steps
