@@ -14,15 +14,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import releases
 from .._version import __version__
 from ..errors import OprojError
 from ..settings import GRID, SKIP_VERSION_CHECK, TOGGLE, Settings
-from ..sharding import diagnosis, grid, metrics, otp_group, topology
+from ..sharding import diagnosis, grid, metrics, otp_group, topology, wire
 from ..sharding import layer as sharded
 from ..sharding.otp_group import Counts, OtpGroup
 from ..sharding.rows import HostPass
 from ..sharding.topology import Grid
+from ..sharding.wire import Wire
 from . import refusals, warm_up
 from .refusals import of
 from .seam import Seam
@@ -163,12 +166,38 @@ class Vllm(HostPass):
             return Grid(size, 1)
         columns //= of(config, "parallel_config.tensor_parallel_size") or 1
         quant_config = of(config, "quant_config")
-        wire_bytes = self.wire_bytes(config) if self.settings.wire == "auto" else None
+        wire_bytes = {"auto": self.wire_bytes(config), "off": None}.get(self.settings.wire, 1)
         return grid.fewest_bytes(size, columns, hidden, quant_config, wire_bytes)
 
     def wire_bytes(self, config: Any) -> int | None:
         """Return the bytes of an element on the way out where it is not the model's type."""
         return None
+
+    def own_wire(self, layer: Any) -> Wire | None:
+        """Return the wire of a static scale, which the layer has as the parameter `input_scale`.
+
+        Some kernels take quantized rows, from 0.24 on, and the layer then tells which.
+        """
+        chunk, dtype = layer.input_size_per_partition, wire.stored(layer)
+        if getattr(layer, "input_scale", None) is None or dtype is None:
+            return None
+        key = getattr(layer, "_input_quant_key", getattr(layer, "input_quant_key", None))
+        if key is None:
+            return wire.static(layer, chunk)
+        from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation
+        from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+
+        quant = QuantFP8(static=True, group_shape=key.scale.group_shape)
+
+        def restore(values: torch.Tensor, _: Any) -> Any:
+            return QuantizedActivation(
+                values, layer.input_scale, layer.params_dtype, values.shape, key
+            )
+
+        def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return quant(rows, layer.input_scale)[0], None
+
+        return Wire(chunk, dtype, quantize, restore, moved=True)
 
     def agreed(self, config: Any) -> dict[str, str]:
         """Return what of the host's configuration must be equal on all ranks."""

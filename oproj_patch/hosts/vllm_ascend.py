@@ -22,7 +22,8 @@ from ..settings import TOGGLE
 from ..sharding import diagnosis
 from ..sharding import layer as sharded
 from ..sharding.otp_group import CollectiveError, Counts, OtpGroup, require
-from ..sharding.rows import Quantizer, gather
+from ..sharding.rows import gather
+from ..sharding.wire import Wire
 from . import refusals
 from .seam import Seam
 from .vllm import SAVES, Vllm, attention_built, refuse_to_save
@@ -138,22 +139,37 @@ class VllmAscend(Vllm):
         kinds = {kind for name, kind in described.items() if name.endswith(".o_proj.weight")}
         return 1 if kinds == {"W8A8"} and not self.traceable() else None
 
-    def quantizer(self, layer: Any) -> Quantizer | None:
-        """Return the quantization of static W8A8, whose method takes int8 rows as they are."""
-        method = getattr(layer.quant_method, "quant_method", None)
-        if type(method).__name__ != "AscendW8A8LinearMethod" or self.traceable():
-            return None
+    def own_wire(self, layer: Any) -> Wire | None:
+        """Return the wire of static W8A8, whose method takes int8 rows as they are.
 
-        def quantize(rows: torch.Tensor) -> torch.Tensor:
+        And of W8A8_DYNAMIC up to 0.11.0, whose method takes int8 rows and their scales.
+        """
+        method = type(getattr(layer.quant_method, "quant_method", None)).__name__
+        chunk, int8 = layer.input_size_per_partition, torch.int8
+
+        def static(rows: torch.Tensor) -> tuple[torch.Tensor, None]:
             import torch_npu
 
             scale, offset = layer.aclnn_input_scale_reciprocal, layer.aclnn_input_offset
-            quantized: torch.Tensor = torch_npu.npu_quantize(
-                rows, scale, offset, torch.qint8, -1, False
-            )
-            return quantized
+            chunks = rows.reshape(-1, chunk)
+            return torch_npu.npu_quantize(chunks, scale, offset, torch.qint8, -1, False), None
 
-        return quantize
+        def dynamic(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            import torch_npu
+
+            values, scales = torch_npu.npu_dynamic_quant(rows)
+            return values, scales.view(-1, 1)
+
+        def pair(values: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            layer._ascend_quant_config = {"output_dtype": layer.params_dtype}
+            return values.contiguous(), scales.flatten()
+
+        if method == "AscendW8A8LinearMethod":
+            return Wire(chunk, int8, static, lambda values, _: values, moved=True)
+        takes_pairs = releases.in_range(self.versions[self.name], "0.9.1", "0.11.0")
+        if method == "AscendW8A8DynamicLinearMethod" and takes_pairs:
+            return Wire(chunk, int8, dynamic, pair, scales=1)
+        return None
 
     def announced(self, group: OtpGroup) -> Counts | None:
         # Where vllm-ascend pads some ranks only, its metadata differs between ranks.

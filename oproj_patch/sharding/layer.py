@@ -21,10 +21,11 @@ import torch
 from .._version import __version__
 from ..errors import OprojError, OprojValueError
 from ..settings import GRID, TOGGLE
-from . import exchange, grid, otp_group, weight_gather
+from . import exchange, grid, otp_group, weight_gather, wire
 from .otp_group import Counts, LayerScope, LayerTPGroup, OtpGroup
-from .rows import HostPass, Quantizer
+from .rows import HostPass
 from .topology import Grid
+from .wire import Wire
 
 # A decoder's self-attention output projection, by vLLM's naming of layers ("prefix"). Not matched:
 # `self_attn.dense`, `out_proj`. Linear attentions use these names too (Bailing 2.5,
@@ -68,7 +69,7 @@ class Shard:
     grid: the layer's; hidden: its outputs on all ranks; whole: why it is not the group's grid.
     tp: what the host sees as the tensor-parallel group of the layer.
     plan: see `exchange.Plan`; None before the first step.
-    quantizer: what the owner of rows quantizes them with before the way out, if it does.
+    wire: how rows travel out, if not in the model's type.
     cut: of the parameters that are cut, by name, into how many parts on the group's ranks.
     kept, saved: bytes of the parameters on this rank, and what the unsharded layer had more.
     description: what must be equal on all ranks.
@@ -90,7 +91,7 @@ class Shard:
     whole: str
     tp: LayerTPGroup
     plan: exchange.Plan | None = None
-    quantizer: Quantizer | None = None
+    wire: Wire | None = None
     cut: dict[str, int] = field(default_factory=dict)
     kept: int = 0
     saved: int = 0
@@ -99,10 +100,11 @@ class Shard:
     gather_verified: bool = False
     mixes_rows: bool | None = None
 
-    def gemm(self, x: torch.Tensor, counts: Counts = ()) -> torch.Tensor:
+    def gemm(self, x: Any, counts: Counts = ()) -> torch.Tensor:
         """Multiply x [sum(counts), K/a] by the local shard -> [sum(counts), hidden/b].
 
         The layer's quant method does it; the bias is added on the first rank of `tp` only.
+        x: rows, or what the layer's own wire has in their place.
         """
         layer = self.layer
         bias = None if self.tp.rank_in_group > 0 or layer.skip_bias_add else layer.bias
@@ -185,6 +187,7 @@ def construct(
         ) from error
     layer.output_size = hidden  # what the layer returns; its part is output_size_per_partition
     grid.check_blocks(layer)
+    layer.oproj.wire = wire.of_layer(layer)
     # vLLM marks along what a parameter is cut; a quant method may replace the parameter.
     for key, param in layer.named_parameters(recurse=False):
         along = (getattr(param, dim, None) is not None for dim in ("input_dim", "output_dim"))
@@ -283,13 +286,11 @@ def settle(group: OtpGroup) -> None:
             continue
         if all(p.numel() for p in layer.parameters(recurse=False)):  # a CPU empties what it packs
             _measure(layer)
-        if group.settings.wire == "auto":
-            shard.quantizer = shard.host.quantizer(layer)
         least = weight_gather.threshold(layer, group)
         shard.plan = exchange.Plan(
             group.size, layer.input_size_per_partition * shard.grid.inputs, shard.hidden,
             layer.params_dtype.itemsize, group.graph_rows, least, exchange.BUFFER_BYTES,
-            shard.grid.outputs, 1 if shard.quantizer else layer.params_dtype.itemsize,
+            shard.grid.outputs, shard.wire.width if shard.wire else 0,
         )  # fmt: skip
         # Ranks that gather different things would wait for each other for ever.
         pieces = weight_gather.pieces(layer) if least else {}
@@ -305,7 +306,7 @@ def summary(group: OtpGroup) -> str:
     shards = [layer.oproj for layer in group.layers.values()]
     others = [shard for shard in shards if shard.whole]
     told = f" ({len(others)} layers {others[0].grid}: {others[0].whole})" if others else ""
-    if narrow := sum(shard.quantizer is not None for shard in shards):
+    if narrow := sum(shard.wire is not None for shard in shards):
         told += f"; {narrow} layers send rows in 8 bits"
     return (
         f"oproj_patch {__version__}: o_proj sharded {group.size}-way over ranks {group.ranks}: "

@@ -44,8 +44,9 @@ def threshold(layer: Any, group: OtpGroup) -> int:
     shard = sum(tensor.nbytes for tensor in pieces(layer).values())
     columns, element_bytes = layer.input_size_per_partition, layer.params_dtype.itemsize
     outputs = layer.oproj.hidden // layer.oproj.grid.outputs
-    wire_bytes = 1 if layer.oproj.quantizer else element_bytes
-    step = topology.step_bytes(group.size, columns, outputs, element_bytes, wire_bytes)
+    wire = layer.oproj.wire
+    narrow = () if wire is None else (1, 4 * wire.scales)
+    step = topology.step_bytes(group.size, columns, outputs, element_bytes, *narrow)
     return topology.gather_threshold(topology.gather_bytes(group.size, shard), step)
 
 

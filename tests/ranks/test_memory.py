@@ -103,7 +103,7 @@ def test_r1_on_eight_ranks_on_meta_tensors(graph_rows: int) -> None:
     shard = SimpleNamespace(
         group=group,
         plan=plan,
-        quantizer=None,
+        wire=None,
         gemm=lambda x, _=(): torch.nn.functional.linear(x, weight),
     )
     layer = SimpleNamespace(oproj=shard, output_size=7168)

@@ -201,7 +201,7 @@ def test_parts_begin_in_one_order_and_overlap(monkeypatch: pytest.MonkeyPatch) -
 
     plan = Plan(2, 64, 40, 4, 0, 0, 1)
     group: Any = OtpGroup([0, 1], 0, 0, [0], 0, None, None, None, None, "")
-    shard = SimpleNamespace(group=group, plan=plan, gemm=gemm, quantizer=None)
+    shard = SimpleNamespace(group=group, plan=plan, gemm=gemm, wire=None)
     monkeypatch.setattr(exchange, "_all_to_all", begun)
     exchange.exchange(SimpleNamespace(oproj=shard), torch.zeros(5, 64), (5, 7), parts=3)
     # Out 0, out 1, back 0, out 2, back 1, back 2 are 0 to 5.

@@ -30,7 +30,7 @@ def o_proj(columns: int, hidden: int, ranks: int, weight: Any) -> tuple[Any, Any
             saved=columns // ranks * hidden * 2 * (ranks - 1),
             hidden=hidden,
             grid=Grid(ranks, 1),
-            quantizer=None,
+            wire=None,
         ),
     )
     return layer, SimpleNamespace(size=ranks, graph_rows=0, settings=Settings(size=ranks))
