@@ -197,7 +197,8 @@ def attention_ran(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     do (SFA without rotary dimensions, 0.30.0rc2).
     """
     layer: Any = getattr(instance, "o_proj", None)
-    if not isinstance(layer, sharded.ShardedMixin):
+    ours = isinstance(layer, sharded.ShardedMixin)
+    if not ours:
         return wrapped(*args, **kwargs)
     group = layer.oproj.group
     before = group.steps
