@@ -203,6 +203,7 @@ def _ours(
     import oproj_patch
     from benchmarks import o_proj
     from oproj_patch.sharding import exchange, otp_group
+    from oproj_patch.sharding.wire import Wire
     from tests.ranks import layers
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -212,7 +213,8 @@ def _ours(
         with layers.model_groups(ranks) as config:
             layer = _layer(layers.O_PROJ, columns, hidden, gemm)
             if contender.wire == "int8":
-                layer.oproj.host.quantizer = lambda _: _quantize
+                chunk = layer.input_size_per_partition
+                layer.oproj.wire = Wire(chunk, torch.int8, _quantize, lambda values, _: values)
             # What happens once only, such as the comparison of layers, is not measured.
             with o_proj._forward_context(config, rank, [1] * ranks):
                 layer(torch.randn(1, columns))
@@ -253,7 +255,7 @@ def _quantize(rows: Any) -> Any:
     """Stand in for the kernel of a static scale."""
     import torch
 
-    return (rows * 32).to(torch.int8)
+    return (rows * 32).to(torch.int8), None
 
 
 def _layer(prefix: str, columns: int, hidden: int, gemm: bool) -> Any:

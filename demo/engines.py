@@ -266,17 +266,21 @@ class Server:
         Raises `EngineError` when a worker has not answered after `timeout` seconds.
         """
         directory = Path(tempfile.mkdtemp(dir=self.process.log_path.parent))
-        request = urllib.request.Request(
-            f"{self.base_url}/collective_rpc",
-            data=json.dumps({"method": "oproj_probe", "args": [str(directory)]}).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            response.read()
+        self.call("oproj_probe", str(directory), timeout=timeout)
         if not _wait_until(lambda: len([*directory.glob("*.json")]) == self._workers, timeout):
             raise EngineError(f"not all {self._workers} workers answered the probe", [self.log()])
         reports = [json.loads(path.read_text()) for path in directory.iterdir()]
         return sorted(reports, key=lambda report: (report["dp_rank"], report["tp_rank"]))
+
+    def call(self, method: str, *args: Any, timeout: float = 60.0, **kwargs: Any) -> None:
+        """Call a method of every worker, with arguments that JSON can tell, and wait."""
+        request = urllib.request.Request(
+            f"{self.base_url}/collective_rpc",
+            data=json.dumps({"method": method, "args": args, "kwargs": kwargs}).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            response.read()
 
 
 @contextlib.contextmanager
@@ -484,10 +488,11 @@ def _rank(rank: int) -> None:
     completions = []
     for number, entry in enumerate(work["rounds"]):
         prompts, tokens = entry["prompts"][rank], entry["max_tokens"][rank]
-        if not prompts:
-            # vLLM's offline client does nothing for an empty list, and the other ranks would wait
-            # in a collective. A server's coordinator wakes an idle engine by this message.
-            client = llm.llm_engine.engine_core
+        client = llm.llm_engine.engine_core
+        if not prompts and hasattr(client, "engines_running"):
+            # The client of an engine in another process does nothing for an empty list, and the
+            # other ranks would wait in a collective. A server's coordinator wakes an idle engine by
+            # this message.
             client.engines_running = True
             client._send_input(EngineCoreRequestType.START_DP_WAVE, (number, -1))
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)

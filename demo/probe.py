@@ -68,6 +68,7 @@ class WorkerProbe:
             "layers": _loaded,
             "o_proj_bytes": sum(layer["bytes"] for layer in _loaded.values()),
             "status": dataclasses.asdict(package.status()) if package else absent,
+            **self.oproj_counts(),
         }
         if directory:
             path = Path(directory) / f"dp{report['dp_rank']}-tp{report['tp_rank']}.json"
@@ -75,3 +76,7 @@ class WorkerProbe:
             partial.write_text(json.dumps(report))
             partial.rename(path)
         return report
+
+    def oproj_counts(self) -> dict[str, Any]:
+        """Return what a subclass counts, for the report."""
+        return {}

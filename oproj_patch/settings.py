@@ -39,7 +39,7 @@ class Settings:
         dispatched; 0 never; None where a gather moves fewer bytes.
     grid: `AxB`, either number may be N; auto: the one with the fewest bytes.
     wire: auto: rows travel in 8 bits where the layer's own quantization can move to the sender;
-        off: always in the model's type.
+        int8, fp8: always in 8 bits; off: always in the model's type.
     """
 
     size: int = 0
@@ -101,7 +101,9 @@ def _grid(value: Any) -> str:
 
 
 def _wire(value: Any) -> str:
-    return {"auto": "auto", "off": "off"}[value]
+    if value not in ("auto", "off", "int8", "fp8"):
+        raise ValueError
+    return str(value)
 
 
 def _flag(value: Any) -> bool:
@@ -122,7 +124,7 @@ _OPTIONS = (
     _Option("weight_gather_rows", WEIGHT_GATHER_ROWS, _rows,
             "are 0 (never gather weights) and a number of rows: set one"),
     _Option("grid", GRID, _grid, "are auto, Nx1 and two numbers such as 4x2: set one"),
-    _Option("wire", WIRE, _wire, "are auto and off: set one"),
+    _Option("wire", WIRE, _wire, "are auto, off, int8 and fp8: set one"),
 )  # fmt: skip
 
 

@@ -200,7 +200,7 @@ def _plugin() -> Told:
 
 def _seam(seam: Seam, host: str) -> Told:
     if resolve(seam, host) is None:
-        return "note", f"{seam.symbol}: not in this release, and not needed."
+        return "note", f"{seam.symbol}: not in this release or process, and not needed."
     return "ok", seam.symbol + (f" ({', '.join(seam.parameters)})" if seam.parameters else "")
 
 
@@ -252,15 +252,7 @@ def _check(host: Vllm, args: Any, config: Any) -> None:
     model, tp_size = config.model_config.hf_text_config, config.parallel_config.tensor_parallel_size
     columns, size = o_proj_columns(model), host.settings.size
     grid = topology.check_grid(host.settings.grid, size) or topology.Grid(size, 1)
-    if grid == (size, 1):
-        topology.check_divisible("o_proj", columns, tp_size, size)
-    elif columns % (tp_size * grid.inputs) or model.hidden_size % grid.outputs:
-        raise OprojValueError(
-            "OPROJ005",
-            f"{settings.GRID} is {grid}, which does not cut {columns} columns and "
-            f"{model.hidden_size} outputs of o_proj on {tp_size} tensor-parallel ranks; accepted "
-            f"are auto, Nx1 and grids that do: change or unset {settings.GRID}.",
-        )
+    topology.check_cut(grid, "o_proj", columns, model.hidden_size, tp_size)
 
 
 def _configuration(server: list[str]) -> tuple[Any, Any]:

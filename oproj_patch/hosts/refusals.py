@@ -118,6 +118,14 @@ def _captured_as(*modes: str) -> Found:
     return lambda facts: not torchair(facts.ascend) and (m := graph_mode(facts.vllm)) in modes and m
 
 
+def _asynchronous_eplb(facts: Facts) -> object:
+    # Before 0.23 there is NCCL only. From then on vLLM names another communicator where it is asked
+    # for EPLB, and from 0.24 on it refuses NCCL itself.
+    eplb = of(facts.vllm, "parallel_config.eplb_config")
+    on = of(facts.vllm, "parallel_config.enable_eplb") and of(eplb, "use_async")
+    return on and of(eplb, "communicator") in (None, "torch_nccl", "pynccl")
+
+
 def _first_engine(_: Facts) -> object:
     from vllm import envs
 
@@ -130,27 +138,22 @@ def _shared_experts(facts: Facts) -> object:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("--decode-context-parallel-size", _more_than_one("decode_context_parallel_size"),
-         "its ranks share one request's cache inside the tensor-parallel group, and the o_proj "
-         "input they produce has not been verified with a sharded o_proj"),
-    Rule("--prefill-context-parallel-size", _more_than_one("prefill_context_parallel_size"),
-         "it adds a dimension to the rank layout in which rows differ between ranks that the "
-         "otp group takes for equal"),
     Rule("--enable-elastic-ep", _set("parallel_config.enable_elastic_ep"),
          "its data-parallel ranks come and go in stateless groups, and a shard of the weight "
          "would go with them"),
     Rule("--enable-fault-tolerance", _set("parallel_config.enable_fault_tolerance"),
          "its retry builds vLLM's process groups anew and not the otp group"),
-    Rule("asynchronous EPLB with --all2all-backend",
-         _all(_set("parallel_config.enable_eplb"), _set("parallel_config.eplb_config.use_async"),
-              _named("parallel_config.all2all_backend", "deepep*")),
-         "DeepEP then allows no other collective of the device in a forward pass"),
-    Rule("--enable-dbo", _set("parallel_config.enable_dbo"),
-         "two halves of a batch run in two threads, whose steps could meet in either order"),
-    Rule("--ubatch-size", _more_than_one("ubatch_size"),
-         "the parts of a batch run in threads, whose steps could meet in either order"),
-    Rule("--enable-lora", _given("lora_config"),
-         "vLLM's LoRA layer bypasses the o_proj layer's own forward"),
+    Rule("eplb_config.use_async over NCCL", _asynchronous_eplb,
+         "its thread moves experts over NCCL, beside which no forward pass may use NCCL, or ranks "
+         "wait for each other",
+         remedy="set eplb_config.use_async to false, or eplb_config.communicator to nixl or "
+         "torch_gloo (vLLM 0.23 or later), or unset the variable"),
+    Rule("--enable-dbo with device graphs",
+         _all(_set("parallel_config.enable_dbo"),
+              _captured_as("FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")),
+         "a rank that replays a graph and one that does not announce different rows for the halves "
+         "of a batch", since="0.11.0", until="0.12.0",
+         remedy="use PIECEWISE or NONE, or vLLM 0.13 or later"),
     Rule("--load-format", _named("load_config.load_format", "sharded_state", "tensorizer",
                                  "runai_streamer_sharded", "ipc_cache", "rfork", "bitsandbytes"),
          "this loader names its files, or finds or cuts its tensors, by tensor-parallel rank only"),
@@ -197,6 +200,15 @@ RULES: tuple[Rule, ...] = (
          lambda facts: of(facts.ascend, "sparse_kv_offload_config.enabled"),
          "its attention has a class of its own, in which an idle rank does not reach o_proj",
          host="vllm-ascend", since="0.26.0rc1"),
+    Rule("additional_config.enable_dsa_cp", _additional("enable_dsa_cp"),
+         "its attention multiplies rows by a whole o_proj weight, which it gathers itself",
+         host="vllm-ascend", since="0.23.0"),
+    Rule("--prefill-context-parallel-size", _more_than_one("prefill_context_parallel_size"),
+         "its attention shards o_proj over the ranks of a prefill, or switches its weight",
+         host="vllm-ascend", since="0.30.0rc2"),
+    Rule("--enable-lora", _given("lora_config"),
+         "its MLA runs the o_proj that it was built with, not the LoRA layer in its place, and its "
+         "other LoRA layers have not been run with a sharded o_proj", host="vllm-ascend"),
     Rule("VLLM_USE_V2_MODEL_RUNNER", _variable("VLLM_USE_V2_MODEL_RUNNER"),
          "the second model runner of vllm-ascend does not synchronize its graphs across ranks",
          host="vllm-ascend", until="0.26.0rc1", remedy="unset one of the two"),
@@ -205,13 +217,8 @@ RULES: tuple[Rule, ...] = (
          "where it transfers caches, and has not been run with a sharded o_proj",
          host="vllm-ascend", since="0.30.0rc2", remedy="unset one of the two"),
     Rule("VLLM_ASCEND_ENABLE_DBO", _variable("VLLM_ASCEND_ENABLE_DBO"),
-         "its two micro-batches run o_proj on two streams at once",
-         host="vllm-ascend", remedy="unset one of the two"),
-    Rule("its ACL graphs", _captured_as("on"),
-         "each rank pads its rows and chooses its graph by itself there, so graphs of different "
-         "sizes would meet", host="vllm-ascend", since="0.9.1", until="0.9.1",
-         remedy="use --enforce-eager, torchair_graph_config.enabled for DeepSeek models, or "
-         "vllm-ascend 0.11.0 or later"),
+         "its two micro-batches take turns in a layer, and ranks agree on rows once a forward pass",
+         host="vllm-ascend", until="0.11.0", remedy="unset one of the two"),
     Rule("cudagraph_mode", _captured_as("FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"),
          "ranks do not agree on a full graph there",
          host="vllm-ascend", since="0.11.0", until="0.11.0",

@@ -10,27 +10,36 @@ import hashlib
 import importlib.util
 import inspect
 import itertools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import releases
 from .._version import __version__
-from ..errors import OprojError
+from ..errors import OprojError, OprojValueError
 from ..settings import GRID, SKIP_VERSION_CHECK, TOGGLE, Settings
-from ..sharding import grid, metrics, otp_group, topology
+from ..sharding import diagnosis, grid, metrics, otp_group, topology, wire
 from ..sharding import layer as sharded
 from ..sharding.otp_group import Counts, OtpGroup
 from ..sharding.rows import HostPass
 from ..sharding.topology import Grid
-from . import refusals
+from ..sharding.wire import Wire
+from . import lora, refusals, warm_up
 from .refusals import of
 from .seam import Seam
 
 LINEAR = "vllm.model_executor.layers.linear"
 DEEPSEEK = "vllm.model_executor.models.deepseek_v2"
 LOADERS = "vllm.model_executor.model_loader"
-SAVERS = {"sharded_state_loader": "ShardedStateLoader", "tensorizer_loader": "TensorizerLoader"}
+SAVERS = (
+    ("sharded_state_loader", "ShardedStateLoader.save_model"),
+    ("tensorizer_loader", "TensorizerLoader.save_model"),
+    ("tensorizer", "serialize_vllm_model"),
+)
+SAVES = "refuse files that are named by tensor-parallel rank only"
 
 
 class Vllm(HostPass):
@@ -88,6 +97,7 @@ class Vllm(HostPass):
             salted = f"{digest}/oproj_patch/{__version__}/{self.settings.shared()}"
             return hashlib.sha256(salted.encode()).hexdigest()[: len(digest)]
 
+        adapters = lora.seams(self.versions["vllm"]) if of(config, "lora_config") else ()
         attention = "check that DeepSeek's attention got a sharded o_proj", ("prefix",)
         return (
             Seam(LINEAR, "RowParallelLinear.__init__", self.linear_constructed,
@@ -101,27 +111,43 @@ class Vllm(HostPass):
             Seam("vllm.config", "VllmConfig.compute_hash", config_hashed,
                  "give compiled graphs and memory plans of each setting their own cache key",
                  ("self",)),
-            *(Seam(f"{LOADERS}.{module}", f"{loader}.save_model", refuse_to_save,
-                   "refuse files that are named by tensor-parallel rank only",
-                   ("model",), required=False)
-              for module, loader in SAVERS.items()),
+            *(Seam(f"{LOADERS}.{module}", saver, refuse_to_save, SAVES, required=False)
+              for module, saver in SAVERS),
+            *warm_up.seams(),
+            *adapters,
         )  # fmt: skip
 
     def linear_constructed(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
         """Wrap a linear layer's constructor: an o_proj becomes a sharded layer."""
-        prefix = inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("prefix", "")
+        given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+        prefix, replicated = given.get("prefix", ""), given.get("disable_tp", False)
         owner, owner_prefix = owner_of(instance)
         if not prefix and owner in sharded.OWNERS:
             prefix = f"{owner_prefix}.o_proj"
             kwargs = {**kwargs, "prefix": prefix}
-        nested = isinstance(instance, sharded.ShardedMixin)
-        if nested or not sharded.is_o_proj(prefix, owner) or left_whole(prefix):
+        # Of a layer that asks for no tensor parallelism every rank holds all, by the host's word.
+        other = replicated or isinstance(instance, sharded.ShardedMixin)
+        if other or not sharded.is_o_proj(prefix, owner) or left_whole(prefix):
             wrapped(*args, **kwargs)
             return
         from vllm.distributed import parallel_state
 
         group = otp_group.require(prefix)
-        sharded.construct(wrapped, instance, args, kwargs, group, parallel_state, self)
+        cls, before = type(instance), dict(vars(instance))
+        try:
+            sharded.construct(wrapped, instance, args, kwargs, group, parallel_state, self)
+        except OprojValueError as error:
+            if not group.main_layers:
+                raise
+            # A drafter that does not divide stays whole. All ranks have the same sizes.
+            group.complete = True
+            told = "the draft model keeps its whole o_proj from %s on (%s)"
+            logging.getLogger("vllm.oproj_patch").warning(told, prefix, error.sentence)
+            instance.__class__ = cls
+            vars(instance).clear()
+            vars(instance).update(before)
+            wrapped(*args, **kwargs)
+            return
         self.check_layer(instance)
 
     def check_layer(self, layer: Any) -> None:
@@ -157,12 +183,38 @@ class Vllm(HostPass):
             return Grid(size, 1)
         columns //= of(config, "parallel_config.tensor_parallel_size") or 1
         quant_config = of(config, "quant_config")
-        wire_bytes = self.wire_bytes(config) if self.settings.wire == "auto" else None
+        wire_bytes = {"auto": self.wire_bytes(config), "off": None}.get(self.settings.wire, 1)
         return grid.fewest_bytes(size, columns, hidden, quant_config, wire_bytes)
 
     def wire_bytes(self, config: Any) -> int | None:
         """Return the bytes of an element on the way out where it is not the model's type."""
         return None
+
+    def own_wire(self, layer: Any) -> Wire | None:
+        """Return the wire of a static scale, which the layer has as the parameter `input_scale`.
+
+        Some kernels take quantized rows, from 0.24 on, and the layer then tells which.
+        """
+        chunk, dtype = layer.input_size_per_partition, wire.stored(layer)
+        if getattr(layer, "input_scale", None) is None or dtype is None:
+            return None
+        key = getattr(layer, "_input_quant_key", getattr(layer, "input_quant_key", None))
+        if key is None:
+            return wire.static(layer, chunk)
+        from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation
+        from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+
+        quant = QuantFP8(static=True, group_shape=key.scale.group_shape)
+
+        def restore(values: torch.Tensor, _: Any) -> Any:
+            return QuantizedActivation(
+                values, layer.input_scale, layer.params_dtype, values.shape, key
+            )
+
+        def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return quant(rows, layer.input_scale)[0], None
+
+        return Wire(chunk, dtype, quantize, restore, moved=True)
 
     def agreed(self, config: Any) -> dict[str, str]:
         """Return what of the host's configuration must be equal on all ranks."""
@@ -226,7 +278,7 @@ class Vllm(HostPass):
     def before_first_step(self, group: OtpGroup) -> None:
         from vllm.logger import init_logger
 
-        otp_group.check_layers(group)
+        diagnosis.check_layers(group)
         init_logger("vllm.oproj_patch").info(sharded.summary(group))
         metrics.publish(group)
 

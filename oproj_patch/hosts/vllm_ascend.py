@@ -19,17 +19,20 @@ import torch
 from .. import releases
 from ..errors import OprojError
 from ..settings import TOGGLE
+from ..sharding import diagnosis
 from ..sharding import layer as sharded
-from ..sharding.otp_group import Counts, OtpGroup
-from ..sharding.rows import Quantizer
+from ..sharding.otp_group import CollectiveError, Counts, OtpGroup, require
+from ..sharding.rows import gather
+from ..sharding.wire import Wire
 from . import refusals
 from .seam import Seam
-from .vllm import Vllm, attention_built
+from .vllm import SAVES, Vllm, attention_built, refuse_to_save
 
 TORCHAIR = "vllm_ascend.torchair"
 TORCHAIR_MODEL = "torchair.models.torchair_deepseek_v2"
 SPARSE = "vllm_ascend.models.deepseek_v3_2"
 RUNNER = "worker.model_runner_v1"
+PIECES = "compilation.piecewise_backend"
 
 # Operators that vllm-ascend may put in place of a row-parallel forward and that change nothing
 # without tensor parallelism: they reduce over the tensor-parallel group only.
@@ -52,16 +55,18 @@ ATTENTIONS = (
     (TORCHAIR_MODEL, "TorchairDeepseekV2SFAAttention", "0.11.0", "0.11.0"),
 )
 IMPLEMENTATIONS = (
-    ("attention.mla_v1", "AscendMLAImpl", "0.9.1", ""),
+    ("attention.mla_v1", "AscendMLAImpl", "", ""),  # required whatever the version is called
     ("attention.sfa_v1", "AscendSFAImpl", "0.11.0", ""),
     ("torchair.torchair_mla", "AscendMLATorchairImpl", "0.11.0", "0.11.0"),
     ("torchair.torchair_sfa", "AscendSFATorchairImpl", "0.11.0", "0.11.0"),
 )
+BACKENDS = ((PIECES, "NPUPiecewiseBackend", "0.9.1", "0.9.1"),)
 SKIPS = (
     (RUNNER, "NPUModelRunner._skip_all_reduce_across_dp_group", "0.13.0", "0.13.0"),
     (RUNNER, "should_skip_allreduce_across_dp_group", "0.18.0", ""),
     ("ops.fused_moe.token_dispatcher", "should_skip_allreduce_across_dp_group", "0.18.0", ""),
 )
+SAVERS = (("_310p.sharded_state_loader_310p", "ShardedStateLoader310.save_model", "0.18.0", ""),)
 
 
 class VllmAscend(Vllm):
@@ -69,16 +74,23 @@ class VllmAscend(Vllm):
 
     name = "vllm-ascend"
     _npu: Any = None
+    _agreed: Counts | None = None
 
     def seams(self, config: Any) -> tuple[Seam, ...]:
         version, names = self.versions[self.name], refusals.of(config, refusals.ARCHITECTURES)
         sparse = "DeepseekV32ForCausalLM" in (names or ()) and not self.traceable()
+        if releases.in_range(version, "0.9.1", "0.9.1"):
+            from vllm_ascend import ops
+
+            ops.register_dummy_fusion_op()  # as its worker does, or PIECES cannot be imported
         own = []
         for entry in registry(self):
             if entry.module.startswith(TORCHAIR) and not self.traceable():
                 continue  # vllm-ascend imports these modules, and torchair, only in that mode
             if entry.module == SPARSE and not sparse:
                 continue  # importing it replaces DeepSeek's decoder constructor by V3.2's
+            if entry.module.endswith(PIECES) and refusals.graph_mode(config) == "NONE":
+                continue  # nothing is compiled
             if releases.in_range(version, entry.since, entry.until):
                 own.append(entry)
             elif self.untested():  # the user said not to trust the number: what is there is wrapped
@@ -127,25 +139,59 @@ class VllmAscend(Vllm):
         kinds = {kind for name, kind in described.items() if name.endswith(".o_proj.weight")}
         return 1 if kinds == {"W8A8"} and not self.traceable() else None
 
-    def quantizer(self, layer: Any) -> Quantizer | None:
-        """Return the quantization of static W8A8, whose method takes int8 rows as they are."""
-        method = getattr(layer.quant_method, "quant_method", None)
-        if type(method).__name__ != "AscendW8A8LinearMethod" or self.traceable():
-            return None
+    def own_wire(self, layer: Any) -> Wire | None:
+        """Return the wire of static W8A8, whose method takes int8 rows as they are.
 
-        def quantize(rows: torch.Tensor) -> torch.Tensor:
+        And of W8A8_DYNAMIC up to 0.11.0, whose method takes int8 rows and their scales.
+        """
+        method = type(getattr(layer.quant_method, "quant_method", None)).__name__
+        chunk, int8 = layer.input_size_per_partition, torch.int8
+
+        def static(rows: torch.Tensor) -> tuple[torch.Tensor, None]:
             import torch_npu
 
             scale, offset = layer.aclnn_input_scale_reciprocal, layer.aclnn_input_offset
-            quantized: torch.Tensor = torch_npu.npu_quantize(
-                rows, scale, offset, torch.qint8, -1, False
-            )
-            return quantized
+            chunks = rows.reshape(-1, chunk)
+            return torch_npu.npu_quantize(chunks, scale, offset, torch.qint8, -1, False), None
 
-        return quantize
+        def dynamic(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            import torch_npu
+
+            values, scales = torch_npu.npu_dynamic_quant(rows)
+            return values, scales.view(-1, 1)
+
+        def pair(values: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            layer._ascend_quant_config = {"output_dtype": layer.params_dtype}
+            return values.contiguous(), scales.flatten()
+
+        if method == "AscendW8A8LinearMethod":
+            return Wire(chunk, int8, static, lambda values, _: values, moved=True)
+        takes_pairs = releases.in_range(self.versions[self.name], "0.9.1", "0.11.0")
+        if method == "AscendW8A8DynamicLinearMethod" and takes_pairs:
+            return Wire(chunk, int8, dynamic, pair, scales=1)
+        return None
 
     def announced(self, group: OtpGroup) -> Counts | None:
-        return None  # where vllm-ascend pads some ranks only, its metadata differs between ranks
+        # Where vllm-ascend pads some ranks only, its metadata differs between ranks.
+        return self._agreed
+
+    def piece_ran(self, wrapped: Any, piece: Any, args: Any, kwargs: Any) -> Any:
+        """Wrap a call of one piece of a compiled model, whose graph 0.9.1 chooses by own rows.
+
+        The ranks agree on their rows before the first piece. Where rows differ, no rank replays.
+        """
+        if piece.is_first_graph:
+            group, rows = require("the model"), args[piece.sym_shape_indices[0]]
+            try:
+                self._agreed = gather((rows,), group)[0]
+            except CollectiveError as error:
+                where = "the beginning of a pass"
+                raise diagnosis.failed(where, str(rows), error, group) from error
+        differ = len(set(self._agreed or ())) > 1
+        output = (piece.compiled_graph_for_general_shape if differ else wrapped)(*args, **kwargs)
+        if piece.is_last_graph:
+            self._agreed = None
+        return output
 
     def shards_drafter(self, config: Any) -> bool:
         """Tell whether a drafter's graphs and passes are alike on all ranks.
@@ -180,8 +226,11 @@ def registry(host: VllmAscend) -> tuple[Seam, ...]:
         (IMPLEMENTATIONS, ".forward", attention_ran,
          "let a rank without attention metadata (idle rank, profile run) take part in the step",
          ("output",)),
+        (BACKENDS, ".__call__", host.piece_ran,
+         "replay a graph only where all ranks have equal rows", ()),
         (SKIPS, "", lambda *_: False,  # a question whose answer must be no
          "keep vllm-ascend's synchronization of rows and graph mode across ranks", ()),
+        (SAVERS, "", refuse_to_save, SAVES, ()),
     )  # fmt: skip
     return tuple(
         Seam(f"vllm_ascend.{module}", f"{name}{method}", wrapper, why, parameters, since, until)

@@ -52,43 +52,53 @@ def of_layer(given: Mapping[str, Any], group: OtpGroup) -> tuple[Grid, str]:
     given: what the host passes to the layer's constructor, by name.
     Raises OprojValueError for a grid that the user named and that does not cut this layer.
     """
-    grid, plain = group.grid, Grid(group.size, 1)
-    asked = group.settings.grid != "auto"
+    grid, plain, tp_size = group.grid, Grid(group.size, 1), group.tp_size
     name, columns, hidden = given["prefix"], given["input_size"], given["output_size"]
-    if not asked or grid == plain:
-        topology.check_divisible(name, columns, group.tp_size, group.size)
+    whole = given.get("bias") and given.get("skip_bias_add")
+    why = "the host adds its whole bias itself" if whole else ""
+    if group.settings.grid != "auto":  # `check_blocks` judges the blocks of the layer that is built
+        topology.check_cut(grid, name, columns, hidden, tp_size, why)
+        return grid, ""
+    topology.check_divisible(name, columns, tp_size, group.size)
     inputs, outputs = blocks(given.get("quant_config"))
-    wanted, why = grid, ""
-    if not asked:
-        if given.get("quant_config") is not None:
-            outputs = math.lcm(outputs, QUANTIZED_OUTPUTS)
-        if grid == plain:  # perhaps because of these blocks
-            wanted = topology.choose_grid(group.size, columns // group.tp_size, hidden, 2)
+    if given.get("quant_config") is not None:
+        outputs = math.lcm(outputs, QUANTIZED_OUTPUTS)
+    wanted = grid
+    if grid == plain:  # perhaps because of these blocks
+        wanted = topology.choose_grid(group.size, columns // tp_size, hidden, 2)
     if wanted == plain:
         return plain, ""
-    if given.get("bias") and given.get("skip_bias_add"):
-        why = "the host adds its whole bias itself"
-    elif columns % (group.tp_size * wanted.inputs * inputs) or hidden % (wanted.outputs * outputs):
+    least = tp_size * wanted.inputs * inputs, wanted.outputs * outputs
+    if not why and (columns % least[0] or hidden % least[1]):
         why = f"{columns} columns and {hidden} outputs in blocks of {inputs} and {outputs}"
-    if why and asked:
-        raise OprojValueError(
-            "OPROJ005",
-            f"{GRID} is {grid}, which does not cut {name} on {group.tp_size} tensor-parallel ranks "
-            f"({why}); accepted are auto, Nx1 and grids that leave whole blocks on every rank: "
-            f"change or unset {GRID}.",
-        )
     return (plain, why) if why else (grid, "")
 
 
-def check_blocks(layer: Any) -> None:
-    """Refuse a shard that does not hold whole quantization blocks."""
-    shard, method = layer.oproj, layer.quant_method
+def blocks_of(layer: Any) -> tuple[int, int]:
+    """Return `blocks` of the quantization that a built layer has."""
+    method = layer.quant_method
     inner = getattr(method, "quant_method", None)
     scheme, config = getattr(layer, "scheme", None), getattr(method, "quant_config", None)
-    inputs, outputs = blocks(method, inner, scheme, config)
-    what = f"a block of {type(method).__name__} has"
+    return blocks(method, inner, scheme, config, layer)
+
+
+def check_blocks(layer: Any) -> None:
+    """Refuse a shard that does not hold whole quantization blocks.
+
+    Their sizes are what the method, the scheme or the layer tells, and powers of two elsewhere.
+    """
+    shard, (inputs, outputs) = layer.oproj, blocks_of(layer)
+    what = f"a block of {type(layer.quant_method).__name__} has"
     if layer.input_size_per_partition % inputs:
         raise _no_whole_blocks(shard, f"{what} {inputs} columns")
+    for name, param in layer.named_parameters(recurse=False):
+        along, columns = getattr(param, "input_dim", None), layer.input_size_per_partition
+        if along is None or "scale" not in name:
+            continue
+        share = param.shape[along]
+        block = columns // share if share and columns % share == 0 else 0
+        if not block or (block & (block - 1) and inputs % block):
+            raise _no_whole_blocks(shard, f"its {name} has {share} elements for them")
     if shard.grid.outputs > 1 and (shard.hidden // shard.grid.outputs) % outputs:
         raise _no_whole_blocks(shard, f"{what} {outputs} outputs")
 

@@ -21,10 +21,11 @@ import torch
 from .._version import __version__
 from ..errors import OprojError, OprojValueError
 from ..settings import GRID, TOGGLE
-from . import exchange, grid, otp_group, weight_gather
+from . import exchange, grid, otp_group, weight_gather, wire
 from .otp_group import Counts, LayerScope, LayerTPGroup, OtpGroup
-from .rows import HostPass, Quantizer
+from .rows import HostPass
 from .topology import Grid
+from .wire import Wire
 
 # A decoder's self-attention output projection, by vLLM's naming of layers ("prefix"). Not matched:
 # `self_attn.dense`, `out_proj`. Linear attentions use these names too (Bailing 2.5,
@@ -68,7 +69,7 @@ class Shard:
     grid: the layer's; hidden: its outputs on all ranks; whole: why it is not the group's grid.
     tp: what the host sees as the tensor-parallel group of the layer.
     plan: see `exchange.Plan`; None before the first step.
-    quantizer: what the owner of rows quantizes them with before the way out, if it does.
+    wire: how rows travel out, if not in the model's type.
     cut: of the parameters that are cut, by name, into how many parts on the group's ranks.
     kept, saved: bytes of the parameters on this rank, and what the unsharded layer had more.
     description: what must be equal on all ranks.
@@ -90,7 +91,7 @@ class Shard:
     whole: str
     tp: LayerTPGroup
     plan: exchange.Plan | None = None
-    quantizer: Quantizer | None = None
+    wire: Wire | None = None
     cut: dict[str, int] = field(default_factory=dict)
     kept: int = 0
     saved: int = 0
@@ -99,10 +100,11 @@ class Shard:
     gather_verified: bool = False
     mixes_rows: bool | None = None
 
-    def gemm(self, x: torch.Tensor, counts: Counts = ()) -> torch.Tensor:
+    def gemm(self, x: Any, counts: Counts = ()) -> torch.Tensor:
         """Multiply x [sum(counts), K/a] by the local shard -> [sum(counts), hidden/b].
 
         The layer's quant method does it; the bias is added on the first rank of `tp` only.
+        x: rows, or what the layer's own wire has in their place.
         """
         layer = self.layer
         bias = None if self.tp.rank_in_group > 0 or layer.skip_bias_add else layer.bias
@@ -153,7 +155,8 @@ def construct(
     else:
         args = (*args[:place], outputs, *args[place + 1 :])
     cls: type = type(layer)
-    _warn_of_bypassed(cls)
+    names = (getattr(init, "__module__", ""), parallel_state.__name__)
+    _warn_of_bypassed(cls, tuple(name.partition(".")[0] for name in names))
     layer.__class__ = _sharded_class(cls)
     name, count = prefix, 1
     while name in group.layers:  # a drafter may name its layers as the model does
@@ -184,6 +187,7 @@ def construct(
         ) from error
     layer.output_size = hidden  # what the layer returns; its part is output_size_per_partition
     grid.check_blocks(layer)
+    layer.oproj.wire = wire.of_layer(layer)
     # vLLM marks along what a parameter is cut; a quant method may replace the parameter.
     for key, param in layer.named_parameters(recurse=False):
         along = (getattr(param, dim, None) is not None for dim in ("input_dim", "output_dim"))
@@ -282,13 +286,11 @@ def settle(group: OtpGroup) -> None:
             continue
         if all(p.numel() for p in layer.parameters(recurse=False)):  # a CPU empties what it packs
             _measure(layer)
-        if group.settings.wire == "auto":
-            shard.quantizer = shard.host.quantizer(layer)
         least = weight_gather.threshold(layer, group)
         shard.plan = exchange.Plan(
             group.size, layer.input_size_per_partition * shard.grid.inputs, shard.hidden,
             layer.params_dtype.itemsize, group.graph_rows, least, exchange.BUFFER_BYTES,
-            shard.grid.outputs, 1 if shard.quantizer else layer.params_dtype.itemsize,
+            shard.grid.outputs, shard.wire.width if shard.wire else 0,
         )  # fmt: skip
         # Ranks that gather different things would wait for each other for ever.
         pieces = weight_gather.pieces(layer) if least else {}
@@ -304,7 +306,7 @@ def summary(group: OtpGroup) -> str:
     shards = [layer.oproj for layer in group.layers.values()]
     others = [shard for shard in shards if shard.whole]
     told = f" ({len(others)} layers {others[0].grid}: {others[0].whole})" if others else ""
-    if narrow := sum(shard.quantizer is not None for shard in shards):
+    if narrow := sum(shard.wire is not None for shard in shards):
         told += f"; {narrow} layers send rows in 8 bits"
     return (
         f"oproj_patch {__version__}: o_proj sharded {group.size}-way over ranks {group.ranks}: "
@@ -323,17 +325,18 @@ def _sharded_class(cls: type) -> type:
     namespace["forward"] = _forward
     for loader in ("weight_loader", "weight_loader_v2"):
         if hasattr(cls, loader):
-            namespace[loader] = _seeing_own_group(getattr(cls, loader))
+            namespace[loader] = _seeing_own_group(cls, loader)
     return type(cls.__name__, (ShardedMixin, cls), namespace)
 
 
-def _seeing_own_group(method: Callable[..., Any]) -> Callable[..., Any]:
+def _seeing_own_group(cls: type, name: str) -> Callable[..., Any]:
     # vLLM <= 0.10 asks for the rank while it loads, not only while it constructs.
-    @functools.wraps(method)
+    @functools.wraps(getattr(cls, name))
     def wrapper(self: Any, param: Any, loaded_weight: Any, *args: Any, **kwargs: Any) -> Any:
         loaded_weight = grid.own_outputs(self, param, loaded_weight)
         with LayerScope(self.oproj.parallel_state, self.oproj.tp):
-            return method(self, param, loaded_weight, *args, **kwargs)
+            # Looked up at each call, because others patch it on the class after the build.
+            return getattr(cls, name)(self, param, loaded_weight, *args, **kwargs)
 
     return wrapper
 
@@ -341,18 +344,20 @@ def _seeing_own_group(method: Callable[..., Any]) -> Callable[..., Any]:
 def _see_own_group_after_loading(layer: Any) -> None:
     """Let post-load processing of the layer's quant method see the layer's own group."""
     method = layer.quant_method
-    if "process_weights_after_loading" in vars(method):  # shared with a layer seen before
+    theirs = vars(method).get("process_weights_after_loading")
+    if hasattr(theirs, "sees_own_group"):  # shared with a layer seen before
         return
 
     @functools.wraps(method.process_weights_after_loading)
     def process_weights_after_loading(module: Any, *args: Any, **kwargs: Any) -> Any:
         # Looked up at each call, because frameworks patch it on the class after the build.
-        process = type(method).process_weights_after_loading
+        process = theirs or functools.partial(type(method).process_weights_after_loading, method)
         if not isinstance(module, ShardedMixin):
-            return process(method, module, *args, **kwargs)
+            return process(module, *args, **kwargs)
         with LayerScope(module.oproj.parallel_state, module.oproj.tp):
-            return process(method, module, *args, **kwargs)
+            return process(module, *args, **kwargs)
 
+    process_weights_after_loading.sees_own_group = True  # type: ignore[attr-defined]
     method.process_weights_after_loading = process_weights_after_loading
 
 
@@ -362,15 +367,21 @@ def _forward(self: Any, input_: torch.Tensor, *_: Any, **__: Any) -> Any:
     group = shard.group
     if not self.input_is_parallel and group.tp_size > 1:
         input_ = input_.chunk(group.tp_size, dim=-1)[group.tp_rank]
-    if shard.traceable and torch.compiler.is_compiling():
-        output = exchange.run_traced(self, input_)
-    else:
-        output = torch.ops.oproj_patch.o_proj.default(input_, shard.label, shard.hidden)
+    output = step(self, input_)
     if self.reduce_results and group.tp_size > 1:
         output = shard.parallel_state.get_tp_group().all_reduce(output)
     if not self.return_bias:
         return output
     return output, (self.bias if self.skip_bias_add else None)
+
+
+def step(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """Run one step of a sharded layer, traced or not: x [..., K] -> [..., hidden]."""
+    shard = layer.oproj
+    if shard.traceable and torch.compiler.is_compiling():
+        return exchange.run_traced(layer, x)
+    output: torch.Tensor = torch.ops.oproj_patch.o_proj.default(x, shard.label, shard.hidden)
+    return output
 
 
 # The op as torch.compile sees it: opaque, one call, named by the layer. Dynamo inlines wrapt
@@ -419,16 +430,29 @@ def _mixes_rows(layer: Any, like: torch.Tensor) -> bool:
     """Tell whether one row changes another row's result in the layer's quant method.
 
     A dynamic scale per tensor does: rows of another rank would then change this rank's result.
+    Raises OprojError for a method that remembers rows, because rows of one owner at a time do not
+    help there.
     """
     if type(layer.quant_method).__name__.startswith("Unquantized"):
         return False
     shard = layer.oproj
     columns = shard.plan.chunk
     rows = torch.arange(16 * columns, device=like.device).sin().view(16, columns).to(like.dtype)
-    quiet = shard.gemm(rows)[:8].float()
-    rows[8:] *= 1000
-    loud = shard.gemm(rows)[:8].float()
-    return bool((loud - quiet).abs().max() > 1e-3 * quiet.abs().max())
+    even, odd = rows.clone(), rows.clone()
+    even[0::2] *= 1000  # a method may look at the first row, the last one, or neighbors
+    odd[1::2] *= 1000
+    quiet, by_even, by_odd, again = (shard.gemm(x).float() for x in (rows, even, odd, rows))
+    largest = quiet.abs().max()
+    if (again - quiet).abs().max() > 0.05 * largest:  # far above what the order of a sum changes
+        raise OprojError(
+            "OPROJ015",
+            f"{TOGGLE} is {shard.group.size}, and {type(layer.quant_method).__name__} of "
+            f"{shard.name} gave two results for the same rows: it remembers rows of earlier steps, "
+            "and those of other ranks would change this rank's results; leave o_proj out of that "
+            "quantization, or unset the variable.",
+        )
+    changed = torch.cat([(by_even - quiet)[1::2], (by_odd - quiet)[0::2]])
+    return not bool(changed.abs().max() <= 1e-3 * largest)  # NaN is a change too
 
 
 def _measure(layer: Any) -> None:
@@ -437,7 +461,9 @@ def _measure(layer: Any) -> None:
     params = list(layer.named_parameters(recurse=False))
     sizes = {name: param.numel() * param.element_size() for name, param in params}
     shard.kept = sum(sizes.values())
-    shard.saved = sum(sizes.get(name, 0) * (ways - 1) for name, ways in shard.cut.items())
+    # What a quant method makes of a parameter, under another name, is cut as the weight is.
+    cut = [(size, shard.cut.get(name, shard.group.size)) for name, size in sizes.items()]
+    shard.saved = sum(size * (ways - 1) for size, ways in cut)
     shard.description = " ".join(
         [type(layer.quant_method).__name__]
         + [f"{name}:{tuple(param.shape)}:{param.dtype}" for name, param in params]
@@ -445,14 +471,17 @@ def _measure(layer: Any) -> None:
 
 
 @functools.cache
-def _warn_of_bypassed(cls: type) -> None:
-    """Warn once when another plugin wrapped `cls.forward`: a sharded layer does not call it."""
-    for base in cls.__mro__:
-        forward = vars(base).get("forward")
-        if forward is None:
-            continue
-        if hasattr(forward, "__wrapped__") or forward.__module__ != base.__module__:
-            told = "%s.forward was replaced by %s; oproj_patch does not call it for o_proj layers."
-            module = getattr(forward, "__module__", type(forward).__module__)
-            _log.warning(told, base.__qualname__, module)
-        return
+def _warn_of_bypassed(cls: type, hosts: tuple[str, ...]) -> None:
+    """Warn once of another plugin's `forward` of `cls`, because a sharded layer does not call it.
+
+    The plugin has replaced the method, or registered `cls` in place of the host's class.
+    hosts: packages whose classes are the host's own.
+    """
+    base = next(base for base in cls.__mro__ if "forward" in vars(base))
+    forward = vars(base)["forward"]
+    module = getattr(forward, "__module__", type(forward).__module__)
+    ours = base.__module__.partition(".")[0] in hosts
+    if hasattr(forward, "__wrapped__") or module != base.__module__ or not ours:
+        told = "%s.%s.forward%s; oproj_patch does not call it for o_proj layers."
+        by = f" was replaced by {module}" if ours else " is another plugin's"
+        _log.warning(told, base.__module__, base.__qualname__, by)

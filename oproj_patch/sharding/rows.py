@@ -5,9 +5,8 @@ All ranks of a group must arrive at the same counts, or their collectives do not
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,8 @@ import torch.distributed as dist
 from ..errors import OprojError
 from .otp_group import CollectiveError, Counts, OtpGroup
 
-Quantizer = Callable[[torch.Tensor], torch.Tensor]
+if TYPE_CHECKING:
+    from .wire import Wire
 
 
 class HostPass:
@@ -37,12 +37,10 @@ class HostPass:
         """Return the type in which the custom op takes a layer's name."""
         return str
 
-    def quantizer(self, layer: Any) -> Quantizer | None:
-        """Return what quantizes rows as the quant method of `layer` does before its GEMM.
+    def own_wire(self, layer: Any) -> Wire | None:
+        """Return the 8 bits in which the owner of a row can quantize it as the unsharded layer.
 
-        It takes and returns [rows, K/a], at 8 bits an element, after loading. The method must take
-        its result in place of the rows, with the same output, and quantize each element alike
-        on all ranks: then the owner of a row quantizes it before the way out. None: it cannot.
+        The layer is built, and not loaded. None: the host knows no such format.
         """
         return None
 

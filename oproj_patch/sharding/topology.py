@@ -126,6 +126,26 @@ def check_divisible(name: str, input_size: int, tp_size: int, otp_size: int) -> 
         )
 
 
+def check_cut(
+    grid: Grid, name: str, columns: int, hidden: int, tp_size: int, why: str = ""
+) -> None:
+    """Raise OprojValueError for a grid that the user named and that does not cut an o_proj.
+
+    columns, hidden: of the whole layer; why: what else keeps its outputs together.
+    """
+    if not why and (columns % (tp_size * grid.inputs) or hidden % grid.outputs):
+        why = f"{columns} columns and {hidden} outputs"
+    if grid.outputs == 1:
+        check_divisible(name, columns, tp_size, grid.inputs)
+    elif why:
+        raise OprojValueError(
+            "OPROJ005",
+            f"{GRID} is {grid}, which does not cut {name} on {tp_size} tensor-parallel ranks "
+            f"({why}); accepted are auto, Nx1 and grids that leave an equal part on every rank: "
+            f"change or unset {GRID}.",
+        )
+
+
 def legal_sizes(dp_size: int, input_size: int, tp_size: int = 1, block: int = 1) -> list[int]:
     """Return the group sizes >= 2 that divide both the DP size and the o_proj input dimension.
 

@@ -44,8 +44,9 @@ def threshold(layer: Any, group: OtpGroup) -> int:
     shard = sum(tensor.nbytes for tensor in pieces(layer).values())
     columns, element_bytes = layer.input_size_per_partition, layer.params_dtype.itemsize
     outputs = layer.oproj.hidden // layer.oproj.grid.outputs
-    wire_bytes = 1 if layer.oproj.quantizer else element_bytes
-    step = topology.step_bytes(group.size, columns, outputs, element_bytes, wire_bytes)
+    wire = layer.oproj.wire
+    narrow = () if wire is None else (1, 4 * wire.scales)
+    step = topology.step_bytes(group.size, columns, outputs, element_bytes, *narrow)
     return topology.gather_threshold(topology.gather_bytes(group.size, shard), step)
 
 
@@ -54,11 +55,12 @@ def obstacle(layer: Any, group: OtpGroup) -> str:
     held = pieces(layer)
     for name, tensor in held.items():
         kind = type(tensor)
-        if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        plain = kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        if not plain or tensor.layout is not torch.strided or tensor.is_quantized:
             return f"{name} is a {kind.__name__}, which cannot be read plainly"
         if _npu_format(tensor) not in PLAIN_NPU_FORMATS:
             return f"{name} is in a private device format"
-        if _ordered(tensor) is None:
+        if _ordered(tensor.detach()) is None:
             return f"{name} has gaps in memory"
     cut = layer.oproj.saved // (group.size - 1)
     # Quantizing while loading may have made a weight up to 8 times smaller.
@@ -131,7 +133,7 @@ def pieces(layer: Any) -> dict[str, torch.Tensor]:
     if layer.oproj.grid.outputs == 1:
         held.pop("bias", None)
     return {
-        name: tensor.detach()
+        name: tensor
         for name, tensor in held.items()
         if isinstance(tensor, torch.Tensor) and tensor.numel()
     }
@@ -144,7 +146,8 @@ def _gather(layer: Any, group: OtpGroup) -> list[dict[str, torch.Tensor]]:
     device = next(iter(held.values())).device
     buffer = group.memory("weight", buffer_bytes(layer, group), torch.uint8, device)
     start = 0
-    for name, tensor in held.items():
+    for name, own in held.items():
+        tensor = own.detach()
         ordered = _ordered(tensor)
         assert ordered is not None, "`obstacle` looked at it"
         order, flat = ordered

@@ -8,9 +8,10 @@ writes each table of these files anew between its markers, `<!-- NAME:begin -->`
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from oproj_patch.releases import ASCEND_RELEASES, VLLM_RELEASES
@@ -29,9 +30,9 @@ def seams() -> str:
     The module of a symbol, and what follows a semicolon in the reason, stay in the code.
     """
     from oproj_patch import activation
-    from oproj_patch.hosts import ascend_option, vllm, vllm_ascend
+    from oproj_patch.hosts import ascend_option, lora, vllm, vllm_ascend
 
-    upstream = (activation.group_seam(), *vllm.Vllm({}).seams(None))
+    upstream = (activation.group_seam(), *vllm.Vllm({}).seams(None), *lora.seams(""))
     own = vllm_ascend.registry(vllm_ascend.VllmAscend({}))
     ascend = (*ascend_option.seams(Settings(size=2)), *own)
     rows: dict[tuple[str, str], dict[tuple[str, str], None]] = {}
@@ -184,6 +185,24 @@ def architectures() -> str:
     return _table(head, [(f"`{name}`", *rows[name]) for name in sorted(rows)])
 
 
+def deployments() -> str:
+    """Return the rows that tests declare by `@pytest.mark.deployment(NAME, WHAT WAS RUN)`.
+
+    The sources are read and not imported, because some tests need packages that others do not.
+    """
+    rows = [row for path in sorted(ROOT.glob("tests/*/test_*.py")) for row in _declared(path)]
+    return _table(("deployment", "what was run", "test"), rows)
+
+
+def _declared(path: Path) -> Iterator[tuple[str, str, str]]:
+    for test in ast.parse(path.read_text(encoding="utf-8")).body:
+        for mark in test.decorator_list if isinstance(test, ast.FunctionDef) else ():
+            if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.deployment":
+                name, run = map(ast.literal_eval, mark.args)
+                assert test.name.startswith("test_"), f"{path}: {test.name} is no test"
+                yield name, run, f"`{path.relative_to(ROOT)}::{test.name}`"
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "seams": seams,
     "refusals": refusals,
@@ -191,6 +210,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "graphs": graphs,
     "savings": savings,
     "architectures": architectures,
+    "deployments": deployments,
 }
 
 

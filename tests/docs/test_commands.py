@@ -26,7 +26,7 @@ TOGGLE = settings.TOGGLE
 ELSEWHERE = {
     "pip install .": "tests/docs/test_release.py",
     "pip install tox && tox": ".ci/run",
-    "curl http://localhost:8000/metrics": "tests/engines/test_server.py",
+    "curl http://localhost:8000/metrics": "tests/engines/serving.py",
 }
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")

@@ -9,6 +9,7 @@ import functools
 from collections import Counter
 from typing import Any
 
+from vllm import envs
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -22,8 +23,8 @@ _input_fits_in_drafter = GPUModelRunner._input_fits_in_drafter
 class DraftingProbe(WorkerProbe):
     """The probe; it reports besides: drafts accepted, rejected, and steps too long to draft."""
 
-    def oproj_probe(self, directory: str = "") -> dict[str, Any]:
-        return super().oproj_probe(directory) | {"drafts": dict(_counts)}
+    def oproj_counts(self) -> dict[str, Any]:
+        return {"drafts": dict(_counts)}
 
 
 @functools.wraps(_parse_output)
@@ -40,5 +41,21 @@ def _noting(*args: Any, **kwargs: Any) -> bool:
     return fits
 
 
+def _count_on_second_runner() -> None:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondRunner
+
+    sample = SecondRunner.sample
+
+    @functools.wraps(sample)
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        output, sampled, rejected = sample(*args, **kwargs)
+        _counts.update(accepted=int((sampled > 1).sum()), rejected=int((rejected > 0).sum()))
+        return output, sampled, rejected
+
+    SecondRunner.sample = counting
+
+
 RejectionSampler.parse_output = staticmethod(_counting)
 GPUModelRunner._input_fits_in_drafter = _noting
+if envs.VLLM_USE_V2_MODEL_RUNNER:
+    _count_on_second_runner()

@@ -23,6 +23,8 @@ from ..hosts import wheels
 from . import warm
 
 TOGGLE = "OPROJ_TENSOR_PARALLEL_SIZE"
+PLUGIN = Path(__file__).resolve().parents[1] / "graphs" / "plugin"
+SECOND_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
 PROMPTS = demo_model.prompts(20)
 MAX_TOKENS = 24
 FEW_TOKENS = 8  # with four workers: vLLM's waiting processes spin, a step takes a second on 2 cores
@@ -84,13 +86,14 @@ class EngineRuns:
         release: str = "",
         fresh: bool = False,
         grid: str = "",
+        second: bool = False,
         **options: Any,
     ) -> EngineConfig:
         """Return a configuration; `otp` None is unpatched, `options` are vLLM's own.
 
         `release` is a vLLM release that is not the installed one. With `fresh` the processes of
         the first rank are new interpreters; all others are forks. Compiled runs of one model,
-        layout and release share their compile cache.
+        layout and release share their compile cache. `second` asks for vLLM's second model runner.
         """
         if compiled:
             # Scalar code compiles faster. The compiler does not see into a step of ours anyway.
@@ -100,7 +103,12 @@ class EngineRuns:
         # 0.28.0 prefills MLA by FlashAttention, which it cannot import on a CPU.
         env = {"VLLM_MLA_DISABLE": "1"} if release else {}
         path = tuple(wheels.ensure(wheels.Host("vllm", release))) if release else ()
+        if second:
+            path, env = (PLUGIN,), SECOND_RUNNER
         zygote = warm.zygote(*path, **env)
+        if second:
+            env = {**env, "VLLM_PLUGINS": "oproj_triton_tests,oproj_patch"}  # no graphs
+            options = {"kernel_config": {"enable_jit_warmup": False}, **options}
         cache_key = (model, dp, tp, release)
         if compiled and cache_key not in self._caches:
             self._caches[cache_key] = self.scratch("compiled")
@@ -166,15 +174,22 @@ def completions(run: OfflineRun) -> list[Completion]:
 def assert_same_tokens(off: OfflineRun, on: OfflineRun) -> None:
     """Each completion of `on` is token for token the unpatched one of the same prompt.
 
-    Completions of different lengths are compared as far as the shorter goes: they are greedy.
     The layouts may differ; what a rank answers does not depend on the other ranks.
+    """
+    assert_continued(off, completions(on))
+
+
+def assert_continued(off: OfflineRun, on: Sequence[Completion]) -> None:
+    """As `assert_same_tokens`, for completions that come from elsewhere.
+
+    Completions of different lengths are compared as far as the shorter goes: they are greedy.
     """
     longest: dict[str, list[int]] = {}
     for completion in completions(off):
         if len(completion.token_ids) > len(longest.get(completion.prompt, [])):
             longest[completion.prompt] = completion.token_ids
     assert set(longest) == set(PROMPTS)
-    for completion in completions(on):
+    for completion in on:
         expected = longest[completion.prompt]
         count = min(len(completion.token_ids), len(expected))
         assert count >= 1
@@ -211,8 +226,12 @@ def assert_sharded(
     otp: int,
     tp: int = 1,
     grid: str = "",
+    steps: int = 0,
 ) -> None:
-    """Every worker of every rank holds 1/`otp`, says so, and exchanged; grid: or else Nx1."""
+    """Every worker of every rank holds 1/`otp`, says so, and exchanged.
+
+    grid: or else Nx1; steps: of the model that each worker ran at least, or else those of `spread`.
+    """
     assert sorted((w["dp_rank"], w["tp_rank"]) for w in workers) == [
         (d, t) for d in range(dp) for t in range(tp)
     ]
@@ -237,7 +256,8 @@ def assert_sharded(
         assert status["bytes_kept"] == kept
         assert status["bytes_saved"] == kept * (otp - 1)
         # At least one exchange a layer for each token of the longest request.
-        assert status["exchanges"] >= max_tokens(dp, tp) * demo_model.NUM_LAYERS
+        least = steps or max_tokens(dp, tp)
+        assert status["exchanges"] >= least * demo_model.NUM_LAYERS
         assert status["exchanges"] % demo_model.NUM_LAYERS == 0
     assert_info_lines(logs, workers=dp * tp, otp=otp, grid=grid or f"{otp}x1")
 

@@ -16,8 +16,8 @@ from demo import model as demo_model
 from demo.engines import EngineConfig, OfflineRun, Round, run_offline
 
 from . import drafter, warm
+from .runs import PLUGIN, SECOND_RUNNER, assert_info_lines
 
-PLUGIN = Path(__file__).resolve().parents[1] / "graphs" / "plugin"
 PROMPTS = demo_model.prompts(8)
 CAPTURE_SIZES = [1, 2, 4, 8, 16]
 # Both busy; one much shorter; one idle. Prefills exceed the largest graph, decodes straddle sizes.
@@ -30,14 +30,16 @@ MODES = {  # whether on the second runner: the modes
     False: ("FULL_AND_PIECEWISE", "PIECEWISE"),
     True: ("FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"),
 }
-SECOND_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
 
 
 @functools.cache
-def run(mode: str, size: int, second: bool, drafting: Path | None = None) -> OfflineRun:
-    """Two data-parallel ranks in one graph mode, sharded `size`-way (0: not).
+def run(
+    mode: str, size: int, second: bool, drafting: Path | None = None, dp: int = 2, grid: str = ""
+) -> OfflineRun:
+    """`dp` data-parallel ranks in one graph mode, sharded `size`-way (0: not) on `grid`.
 
-    drafting: a checkpoint with an MTP layer, which drafts one token a step.
+    drafting: a checkpoint with an MTP layer, which drafts one token a step. With four ranks only
+    the first two have requests.
     """
     options: dict[str, Any] = {
         "compilation_config": {
@@ -52,12 +54,13 @@ def run(mode: str, size: int, second: bool, drafting: Path | None = None) -> Off
     }
     if drafting is not None:
         options["speculative_config"] = {"method": "mtp", "num_speculative_tokens": 1}
-    env = {"OPROJ_TENSOR_PARALLEL_SIZE": str(size)} if size else {}
+    env = {"OPROJ_TENSOR_PARALLEL_SIZE": str(size), "OPROJ_GRID": grid} if size else {}
     if second:
         options["kernel_config"] = {"enable_jit_warmup": False}
         env |= SECOND_RUNNER
     config = EngineConfig(
         drafting or demo_model.ensure("dense", trained=False),
+        dp=dp,
         compiled=True,
         env=env,
         options=options,
@@ -65,13 +68,18 @@ def run(mode: str, size: int, second: bool, drafting: Path | None = None) -> Off
         python_path=(PLUGIN,),
         start=warm.zygote(PLUGIN, **SECOND_RUNNER if second else {}).start,
     )
-    return run_offline(config, ROUNDS, deadline=900)
+    rounds = [
+        Round([*entry.prompts, *[[]] * (dp - 2)], [*entry.max_tokens, *[1] * (dp - 2)])
+        for entry in ROUNDS
+    ]
+    return run_offline(config, rounds, deadline=900)
 
 
 def tokens(found: OfflineRun) -> list[list[list[list[int]]]]:
     return [[[c.token_ids for c in entry] for entry in rank] for rank in found.completions]
 
 
+@pytest.mark.deployment("device graphs, emulated, on both model runners", "DP=2, N=2; idle ranks")
 @pytest.mark.timeout(2000)
 @pytest.mark.parametrize(
     ("mode", "second"),
@@ -83,6 +91,9 @@ def test_same_tokens(mode: str, second: bool) -> None:
     whole_mode = MODES[second][0]
     on, off = run(mode, 2, second), run(whole_mode, 0, second)
     assert tokens(on) == tokens(off)
+    assert_info_lines(on.logs, workers=2, otp=2, grid="2x1")
+    for log in on.logs:
+        assert ("Using V2 Model Runner" in log) == second
     for sharded, whole in zip(on.workers, off.workers, strict=True):
         assert sharded["status"]["size"] == 2 and not whole["status"]["enabled"]
         # As many graphs as without the shim. How many steps an idle rank replays is chance.
@@ -91,6 +102,21 @@ def test_same_tokens(mode: str, second: bool) -> None:
         assert sharded["replays"] > 0 and whole["replays"] > 0
         # Eager steps (prefills, warm-ups) are exchanges in Python, replays are not.
         assert sharded["status"]["exchanges"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(2000)
+def test_two_by_two() -> None:
+    """Four ranks on a grid: each captures the graphs of two ranks that are not sharded."""
+    mode = MODES[False][0]
+    on, off = run(mode, 4, False, dp=4, grid="2x2"), run(mode, 0, False)
+    assert tokens(on)[:2] == tokens(off)
+    for sharded in on.workers:
+        status = sharded["status"]
+        assert (status["size"], status["grid"], status["layers"]) == (4, "2x2", 3)
+        assert sharded["captures"] == off.workers[0]["captures"] >= len(CAPTURE_SIZES)
+        assert sharded["replays"] > 0 and status["exchanges"] > 0
+    assert sum("; grid 2x2" in log for log in on.logs) == 4
 
 
 @pytest.mark.timeout(2000)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from demo import model as demo_model
 from demo.engines import Round, run_offline
 
@@ -22,7 +24,9 @@ DRAFTER_LENGTH = 48
 LAYERS = demo_model.NUM_LAYERS + 1
 
 
-def test_drafter(runs: EngineRuns, tmp_path: Path) -> None:
+@pytest.mark.deployment("MTP drafter, on both model runners", "DP=2, N=2; one rank too long, idle")
+@pytest.mark.parametrize("second", [False, True], ids=["first runner", "second runner"])
+def test_drafter(runs: EngineRuns, tmp_path: Path, second: bool) -> None:
     """Tokens as without drafts and without the shim, whatever each rank's drafts are worth.
 
     Rank 0 first comes to the drafter's length, where it cannot draft any more while rank 1 goes
@@ -32,6 +36,7 @@ def test_drafter(runs: EngineRuns, tmp_path: Path) -> None:
     config = runs.config(
         STORY_TELLER,
         otp=2,
+        second=second,
         speculative_config={
             "method": "mtp",
             "num_speculative_tokens": 1,
@@ -42,7 +47,7 @@ def test_drafter(runs: EngineRuns, tmp_path: Path) -> None:
         config,
         model=drafter.add(config.model, tmp_path / "model"),
         extension="drafting.DraftingProbe",
-        python_path=(Path(__file__).parent,),
+        python_path=(Path(__file__).parent, *config.python_path),
     )
     prompts = sorted((prompt for prompt in PROMPTS if len(prompt) < DRAFTER_LENGTH - 8), key=len)
     longest = prompts[-1]
@@ -65,10 +70,13 @@ def test_drafter(runs: EngineRuns, tmp_path: Path) -> None:
     for worker in on.workers:
         drafts = worker["drafts"]
         assert drafts["rejected"] > 0
-        assert (drafts["too long"] > 0) == (worker["dp_rank"] == 0)
+        # The second runner drafts on, whatever its length.
+        assert second or (drafts["too long"] > 0) == (worker["dp_rank"] == 0)
         shapes = {tuple(layer["shape"]) for layer in worker["layers"].values()}
         assert shapes == {(demo_model.HIDDEN_SIZE, demo_model.O_PROJ_IN // 2)}
         assert len(worker["layers"]) == worker["status"]["layers"] == LAYERS
         exchanges.add(worker["status"]["exchanges"])
+    for log in on.logs:
+        assert ("Using V2 Model Runner" in log) == second
     (count,) = exchanges
     assert count > 0 and count % LAYERS == 0

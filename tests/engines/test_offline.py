@@ -49,10 +49,17 @@ def test_four_ranks(runs: EngineRuns, otp: int) -> None:
     assert_same_tokens(runs.off(STORY_TELLER), on)
 
 
-def test_two_by_two(runs: EngineRuns) -> None:
+@pytest.mark.parametrize(
+    ("model", "compiled"),
+    [
+        pytest.param(STORY_TELLER, False, id="eager"),
+        pytest.param(DENSE, True, id="compiled", marks=pytest.mark.long),
+    ],
+)
+def test_two_by_two(runs: EngineRuns, model: Model, compiled: bool) -> None:
     """DP=4, otp=4: each rank has half of the columns and half of the outputs."""
-    on = runs.on(STORY_TELLER, 4, dp=4, grid="2x2")
-    assert_same_tokens(runs.off(STORY_TELLER), on)
+    on = runs.on(model, 4, dp=4, compiled=compiled, grid="2x2")
+    assert_same_tokens(runs.off(model, compiled=compiled), on)
 
 
 def test_output_cut_compiled(runs: EngineRuns) -> None:
@@ -61,6 +68,7 @@ def test_output_cut_compiled(runs: EngineRuns) -> None:
     assert_same_tokens(runs.off(MOE, compiled=True), on)
 
 
+@pytest.mark.deployment("`vllm.LLM`, one program per rank", "DP=2 x TP=2, N=2; idle ranks")
 def test_tensor_parallel(runs: EngineRuns) -> None:
     """TP=2 x DP=2, otp=2: groups [0, 2] and [1, 3]; vLLM's own all-reduce follows ours."""
     on = runs.on(STORY_TELLER, 2, tp=2)

@@ -25,9 +25,8 @@ PROBE = "tests.graphs.engine.GraphProbe"
 class GraphProbe(WorkerProbe):
     """The probe; it reports besides how many graphs were captured and replayed."""
 
-    def oproj_probe(self, directory: str = "") -> dict[str, Any]:
-        counts = {"captures": emulator.Graph.captures, "replays": emulator.Graph.replays}
-        return super().oproj_probe(directory) | counts
+    def oproj_counts(self) -> dict[str, Any]:
+        return {"captures": emulator.Graph.captures, "replays": emulator.Graph.replays}
 
 
 def load() -> None:

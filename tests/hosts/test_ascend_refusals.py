@@ -8,15 +8,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import os
 import re
+import sys
 import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from oproj_patch.releases import ASCEND_RELEASES
+from oproj_patch.releases import ASCEND_RELEASES, in_range
 from tests.ranks import launch
 
 from . import ascend
@@ -26,6 +28,27 @@ from .wheels import Host
 
 RELEASES = tuple(ASCEND_RELEASES)
 TORCHAIR = ("0.9.1", "0.11.0")
+# Attention implementations that a release takes under decode context parallelism, or `dsa_cp`.
+CONTEXT_PARALLEL = {
+    "0.13.0": ["mla_cp.AscendMlaCPImpl"],
+    "0.18.0": ["mla_cp.AscendMlaCPImpl", "sfa_cp.AscendSFACPImpl"],
+    "0.23.0": [
+        "mla_cp.AscendMlaCPImpl",
+        "sfa_cp.AscendSFACPImpl",
+        "sfa_cp.AscendSFADCPImpl",
+        "dsa_cp.AscendDSACPImpl",
+    ],
+    "0.26.0rc1": [
+        "mla_cp.AscendMlaDCPImpl",
+        "sfa_cp.AscendSFADCPImpl",
+        "dsa_cp.AscendDSACPImpl",
+    ],
+    "0.30.0rc2": [
+        "mla_cp.AscendMlaDCPImpl",
+        "sfa_cp.AscendSFADCPImpl",
+        "dsa_cp.AscendDSACPImpl",
+    ],
+}
 part = Parts([Host("ascend", release) for release in RELEASES])
 _open = contextlib.ExitStack()
 
@@ -85,14 +108,23 @@ REFUSALS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "xlite": ("additional_config.xlite_graph_config.enabled is True", RELEASES, "remove the"),
     "sparse offload": ("sparse_kv_offload_config.enabled is True", RELEASES[-2:], "remove the"),
     "layer_sharding": ("additional_config.layer_sharding is ['o_proj']", RELEASES, "take o_proj"),
-    "prefill": ("--prefill-context-parallel-size is 2", RELEASES, "remove the option"),
-    "decode": ("--decode-context-parallel-size is 2", RELEASES, "remove the option"),
+    "prefill": (
+        "--prefill-context-parallel-size is 2",
+        tuple(release for release in RELEASES if in_range(release, "0.30.0")),
+        "remove the option",
+    ),
+    "LoRA": ("--enable-lora is given", RELEASES, "remove the option"),
+    "decode": ("", (), ""),
+    "dsa_cp": (
+        "additional_config.enable_dsa_cp is True",
+        RELEASES[RELEASES.index("0.23.0") :],
+        "remove",
+    ),
     "VLLM_USE_V2_MODEL_RUNNER": ("VLLM_USE_V2_MODEL_RUNNER is 1", RELEASES, "unset one"),
-    "VLLM_ASCEND_ENABLE_DBO": ("VLLM_ASCEND_ENABLE_DBO is 1", RELEASES, "unset one"),
+    "VLLM_ASCEND_ENABLE_DBO": ("VLLM_ASCEND_ENABLE_DBO of vllm-ascend", TORCHAIR, "unset one"),
     "first engine": ("VLLM_USE_V1 is 0", RELEASES, "set VLLM_USE_V1=1"),
-    "own graphs": ("its ACL graphs of vllm-ascend 0.9.1 is on", ("0.9.1",), "use --enforce-eager"),
-    "full graphs": ("of vllm-ascend 0.", TORCHAIR, "use PIECEWISE or NONE|use --enforce-eager"),
-    "full graphs, drafter": ("of vllm-ascend 0.", TORCHAIR, "use (PIECEWISE|--enforce-eager)"),
+    "full graphs": ("of vllm-ascend 0.11.0 is FULL", ("0.11.0",), "use PIECEWISE or NONE"),
+    "full graphs, drafter": ("of vllm-ascend 0.11.0 is FULL", ("0.11.0",), "use PIECEWISE"),
     "eagle": ("", (), ""),
     "shared experts": ("enable_shared_expert_dp with torchair", ("0.11.0",), "disable one"),
     "nothing": ("", (), ""),
@@ -126,9 +158,10 @@ def test_configurations_are_refused_by_name_with_a_remedy(here: Here) -> None:
         "layer_sharding": [(theirs, "layer_sharding", ["o_proj"])],
         "prefill": [(config.parallel_config, "prefill_context_parallel_size", 2)],
         "decode": [(config.parallel_config, "decode_context_parallel_size", 2)],
+        "LoRA": [(config, "lora_config", SimpleNamespace())],
+        "dsa_cp": [(config, "additional_config", {"enable_dsa_cp": True})],
         "eagle": [(config, "speculative_config", eagle)],
         "first engine": [(envs, "VLLM_USE_V1", False)],
-        "own graphs": [graphs, level],
         "full graphs": [graphs, mode],
         "full graphs, drafter": [graphs, mode, (config, "speculative_config", drafter)],
         "shared experts": [
@@ -155,6 +188,34 @@ def test_configurations_are_refused_by_name_with_a_remedy(here: Here) -> None:
         assert told[asked].startswith("OPROJ015: OPROJ_TENSOR_PARALLEL_SIZE is 2, and ")
         assert name in told[asked], asked
         assert re.search(remedy, told[asked]), told[asked]
+
+
+@part(*(host for host in part.hosts if host.version in CONTEXT_PARALLEL))
+def test_forward_under_decode_context_parallelism_is_the_inherited_one(here: Here) -> None:
+    """Our seam is in its forward. That of `dsa_cp`, with weights of its own, is another one."""
+    import wrapt
+    from vllm_ascend.attention import mla_v1, sfa_v1
+
+    from oproj_patch.hosts import detect
+    from oproj_patch.hosts.seam import install
+
+    bases = mla_v1.AscendMLAImpl, sfa_v1.AscendSFAImpl
+    assert here.config
+    installed = install(
+        [seam for seam in detect().seams(None) if seam.path.endswith("Impl.forward")], "this host"
+    )
+    assert {entry.parent for entry in installed} >= {*bases}
+    for name in CONTEXT_PARALLEL[here.host.version]:
+        module, _, attribute = name.partition(".")
+        found = importlib.import_module(f"vllm_ascend.attention.context_parallel.{module}")
+        kind = getattr(found, attribute)
+        ours = issubclass(kind, bases)
+        assert ours == (module != "dsa_cp")
+        forward = inspect.getattr_static(kind, "forward")
+        assert isinstance(forward, wrapt.FunctionWrapper) == ours
+        assert ("forward" in vars(kind)) == (not ours)
+    for entry in installed:
+        assert entry.undo()
 
 
 @part()
@@ -193,6 +254,8 @@ def test_a_symbol_that_is_gone_is_named_and_nothing_is_patched(here: Here) -> No
     for wanted in (name, "cannot be found", "vllm_ascend/attention/mla_v1.py, "):
         assert wanted in told
     for seam in detect().seams(None):
+        if seam.lazy and seam.module not in sys.modules:
+            continue
         found = wrapt.resolve_path(importlib.import_module(seam.module), seam.path)[2]
         assert not isinstance(found, wrapt.FunctionWrapper), seam.symbol
 

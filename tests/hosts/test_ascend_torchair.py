@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from tests.ranks import launch
+from tests.ranks.layers import on_grid
 
 from . import ascend
 from .ascend import check_attention, checkpoint, metadata, unsharded
@@ -22,11 +24,12 @@ PREFILLS = [[3, 5], [4, 2]]
 """Rows by step and rank of passes outside of the graph."""
 
 
+@pytest.mark.parametrize("grid", ["2x1", "1x2"])
 @pytest.mark.parametrize("host", [Host("ascend", r) for r in ("0.9.1", "0.11.0")], ids=str)
-def test_torchair_traces_whole(host: Host, tmp_path: Path) -> None:
+def test_torchair_traces_whole(host: Host, grid: str, tmp_path: Path) -> None:
     """fullgraph=True, as torchair does it; its compiler is replaced by torch's own backends."""
     model = ascend.write_model(tmp_path)
-    env = ascend.variables(host, 2)
+    env = {**ascend.variables(host, 2), "OPROJ_GRID": grid}
     launch.run(2, torchair, model, host.version, env=env, fresh=True, seconds=400)
 
 
@@ -46,7 +49,8 @@ def torchair(model: str, release: str) -> None:
         kernels()
         torchair_kernels()
         _trace(config, ascend.build(config, experts=False), linear)
-        if not own:
+        _refuses_8_bits()
+        if not own or os.environ["OPROJ_GRID"] != "2x1":
             return
         from vllm_ascend.ascend_config import get_ascend_config
         from vllm_ascend.torchair.models import torchair_deepseek_v2 as module
@@ -57,6 +61,19 @@ def torchair(model: str, release: str) -> None:
             for kind, where in (("MLA", place), ("SFA", place + 10)):
                 attention = getattr(module, f"TorchairDeepseekV2{kind}Attention")
                 check_attention(config, attention, where, name, scatters)
+
+
+def _refuses_8_bits() -> None:
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    name = "model.layers.50.self_attn.o_proj"
+    with on_grid(2, 1, wire="int8"):
+        told = ascend.refused(lambda: RowParallelLinear(256, 64, bias=False, prefix=name))
+    assert (
+        told.startswith(f"OPROJ015: OPROJ_WIRE is int8, which {name} (")
+        and ("its graph compiler traces the step as plain collectives; accepted are auto and off:")
+        in told
+    )
 
 
 def _trace(config: Any, built: Any, linear: str) -> None:
@@ -121,11 +138,13 @@ def _trace(config: Any, built: Any, linear: str) -> None:
     outside = [run(built, step[mine], True) for step in PREFILLS]
     assert oproj_patch.status().exchanges - before == len(PREFILLS) * len(layers) == 4
     assert [type(layer).__name__ for layer in layers] == [linear] * 2
-    assert [list(layer.weight.shape) for layer in layers] == [[64, 128]] * 2
+    a, b = layers[0].oproj.grid
+    assert f"{a}x{b}" == os.environ["OPROJ_GRID"]
+    assert [list(layer.weight.shape) for layer in layers] == [[64 // b, 256 // a]] * 2
     # One graph for both sizes; in it the two collectives of each layer, and not our op.
     assert len(graphs) == 1 and sum("all_to_all" in node for node in graphs[0]) == 4
     for layer, weight in zip(layers, weights, strict=True):
-        assert torch.equal(layer.weight, weight.chunk(2, 1)[mine])
+        assert torch.equal(layer.weight, weight.chunk(a, 1)[mine // b].chunk(b)[mine % b])
         unsharded(layer, weight)
     expected = [run(built, rows) for rows in COMPILED]
     prefilled = [run(built, step[mine], True) for step in PREFILLS]

@@ -196,6 +196,15 @@ def store(distribution: str, version: str) -> Path | None:
     return stored(name, lambda new: _unpack(distribution, version, new))
 
 
+def extras(*requirements: str) -> tuple[Path, ...]:
+    """Return the overlays of what only some tests need, `DISTRIBUTION==VERSION` each.
+
+    Raises RuntimeError when pip could not download a wheel.
+    """
+    overlays = (store(*requirement.split("==")) for requirement in requirements)
+    return tuple(overlay for overlay in overlays if overlay)
+
+
 def stored(name: str, build: Callable[[Path], None]) -> Path:
     """Return the cache's directory `name`, made by `build(PATH)` first unless it exists.
 
@@ -229,10 +238,14 @@ def _unpack(distribution: str, version: str, new: Path) -> None:
             (wheel,) = Path(downloads).glob("*.whl")
             with zipfile.ZipFile(wheel) as archive:
                 names = archive.namelist()
-                (about,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+                own = re.compile(r"[^/]+\.dist-info/METADATA")
+                (about,) = filter(own.fullmatch, names)
                 if not _libraries_load(archive.read(about).decode()):
                     names = [name for name in names if not re.search(r"\.so(\.|$)", name)]
                 archive.extractall(new, names)
+                for name in names:  # zipfile drops who may run a program
+                    if archive.getinfo(name).external_attr >> 16 & 0o100:
+                        (new / name).chmod(0o755)
         elif distribution not in _SOURCES or not _unpack_source(distribution, version, new):
             raise RuntimeError(
                 f"pip could not download {requirement} (exit status {done.returncode}); "
@@ -318,7 +331,7 @@ def _installed(distribution: str) -> str | None:
 
 def _interpreter_tag(distribution: str) -> str:
     # The overlays with libraries for one Python version.
-    one_version = distribution in ("torch-npu", "wrapt")
+    one_version = distribution in ("torch-npu", "wrapt", "nixl-cu12", "ray")
     return f"-cp{sys.version_info[0]}{sys.version_info[1]}" if one_version else ""
 
 

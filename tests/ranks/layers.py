@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -66,7 +66,9 @@ def join_world() -> None:
 
 
 @contextlib.contextmanager
-def model_groups(dp: int, tp: int = 1, pp: int = 1, config: Any = None) -> Iterator[Any]:
+def model_groups(
+    dp: int, tp: int = 1, pp: int = 1, config: Any = None, pcp: int = 1, dcp: int = 1
+) -> Iterator[Any]:
     """Create vLLM's parallel groups within `world`; yield its configuration."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
@@ -76,10 +78,13 @@ def model_groups(dp: int, tp: int = 1, pp: int = 1, config: Any = None) -> Itera
     parallel.data_parallel_size = dp
     parallel.tensor_parallel_size = tp
     parallel.pipeline_parallel_size = pp
-    parallel.data_parallel_rank = int(os.environ["RANK"]) // (tp * pp) % dp
+    parallel.data_parallel_rank = int(os.environ["RANK"]) // (tp * pp * pcp) % dp
+    context = (pcp, dcp) if pcp * dcp > 1 else ()  # not known up to 0.10
+    if context:
+        parallel.prefill_context_parallel_size, parallel.decode_context_parallel_size = context
     with set_current_vllm_config(config):
         try:
-            parallel_state.initialize_model_parallel(tp, pp)
+            parallel_state.initialize_model_parallel(tp, pp, *context)
             yield config
         finally:
             parallel_state.destroy_model_parallel()
@@ -122,10 +127,52 @@ def cut_up(buffer: int | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def on_grid(inputs: int, outputs: int) -> Iterator[None]:
+def bytes_sent(ranks: int) -> Iterator[list[int]]:
+    """Count, at the collectives, the bytes that this rank sends to the others; equal rows."""
+    from oproj_patch.sharding import exchange
+
+    sent: list[int] = []
+    send = exchange._all_to_all
+
+    def counted(output: Any, input_: torch.Tensor, *given: Any) -> Any:
+        sent.append(input_.nbytes * (ranks - 1) // ranks)
+        return send(output, input_, *given)
+
+    with mock.patch.object(exchange, "_all_to_all", counted):
+        yield sent
+
+
+def kernels(call: Callable[[], Any]) -> tuple[list[str], list[str]]:
+    """Return the kernels of `call` but for collectives, by torch's profiler, sorted; and all that
+    a device graph records of it, in order.
+
+    What only describes memory is left out.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    from tests.graphs import emulator
+
+    # What calls another kernel, is called by one (a sum fills its result), or describes memory.
+    quiet = "view as_strided slice select transpose permute empty expand t unsqueeze narrow detach"
+    quiet += " alias fill_ matmul resolve_conj resolve_neg _unsafe_view empty_strided new_empty"
+    quiet += " to _to_copy empty_like unflatten reshape clone contiguous result_type"
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        call()
+    with emulator.installed():
+        graph: Any = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+    names = [event.name.removeprefix("aten::") for event in profiler.events()]
+    ran = (n for n in names if n not in quiet.split() and not n.startswith(("c10d", "gloo")))
+    return sorted(ran), graph.calls
+
+
+@contextlib.contextmanager
+def on_grid(inputs: int, outputs: int, **others: Any) -> Iterator[None]:
     """Let the layers that are built in it take another grid, in the same groups.
 
-    Its layer groups have no process groups, which few quantization methods use.
+    others: further settings. Its layer groups have no process groups, which few quantization
+    methods use.
     """
     from oproj_patch.sharding import otp_group
     from oproj_patch.sharding.topology import Grid
@@ -133,7 +180,7 @@ def on_grid(inputs: int, outputs: int) -> Iterator[None]:
     group, grid = otp_group.require("the test"), Grid(inputs, outputs)
     place = group.tp_rank * inputs + group.rank // outputs
     own = otp_group.LayerTPGroup(place, range(group.tp_size * inputs), None, None)
-    settings = replace(group.settings, grid=str(grid))
+    settings = replace(group.settings, grid=str(grid), **others)
     with (
         mock.patch.object(group, "layer_tp", {**group.layer_tp, grid: own}),
         mock.patch.object(group, "settings", settings),

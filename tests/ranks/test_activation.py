@@ -38,6 +38,7 @@ SEAMS = {
 SAVERS = {
     "vllm.model_executor.model_loader.sharded_state_loader": ["ShardedStateLoader.save_model"],
     "vllm.model_executor.model_loader.tensorizer_loader": ["TensorizerLoader.save_model"],
+    "vllm.model_executor.model_loader.tensorizer": ["serialize_vllm_model"],
 }
 SYMBOLS = {f"{module}.{path}" for module, paths in SEAMS.items() for path in paths}
 WRAPPED = SYMBOLS | {f"{module}.{path}" for module, paths in SAVERS.items() for path in paths}

@@ -151,6 +151,15 @@ def test_columns_that_cannot_be_divided(model: str) -> None:
 
 
 @needs_vllm
+def test_outputs_that_a_named_grid_does_not_cut(model: str) -> None:
+    command = serve(model, "--data-parallel-size", "6")
+    code, report = in_fork("--", f"{TOGGLE}=3", "OPROJ_GRID=1x3", *command)
+    assert code == 1
+    assert states(report, "refusals") == [("problem", "OPROJ005")]
+    assert "OPROJ_GRID is 1x3, which does not cut o_proj on 1 " in text(report, "refusals")
+
+
+@needs_vllm
 def test_a_command_that_vllm_refuses(model: str) -> None:
     code, report = in_fork("--", f"{TOGGLE}=2", *serve(model, "--no-such-option"))
     assert code == 1

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -11,10 +14,12 @@ from unittest import mock
 import pytest
 import torch
 
+from oproj_patch.cli import plan
 from oproj_patch.sharding import topology
-from tests.ranks import layers
+from tests.ranks import launch, layers
 from tests.ranks.launch import World
 from tests.ranks.layers import finish, made, reference, sharding, whole
+from tests.ranks.models import CONFIGS, create, engine_config, write
 
 # Of the largest output. bfloat16: what today's layout allows, of partial results that are rounded.
 LIMITS = {"float32": 5e-6, "bfloat16": 1e-2}
@@ -116,34 +121,26 @@ def equal(case: Case, grid: str) -> None:
 @pytest.mark.quick
 @pytest.mark.parametrize("world", [4], indirect=True)
 def test_bytes_and_kernels_of_a_step(world: World) -> None:
-    """Bytes are counted at the collectives, kernels by torch's profiler."""
+    """Pack, all-to-all, GEMM, all-to-all, sum: run, and recorded by a graph."""
     rows, columns, hidden = 6, 48, 40
-    kernels = {}
     for grid in topology.grids(4):
-        sent, kernels[grid] = world.run(one_step, str(grid), rows, columns, hidden)[0]
+        sent, ran, recorded = world.run(one_step, str(grid), rows, columns, hidden)[0]
         parts = columns // grid.inputs, hidden // grid.outputs
         assert sent == rows * topology.step_bytes(4, *parts, 4)
-    sums = {grid: "add" if grid.inputs == 2 else "sum" for grid in kernels}  # of two: an addition
-    assert kernels == {grid: sorted(["copy_", "mm", sums[grid]]) for grid in kernels}
+        total = "add.out" if grid.inputs == 2 else "sum.dim_IntList"  # of two: an addition
+        assert ran == sorted(["copy_", "mm", total.partition(".")[0]])
+        both = "c10d::alltoall_base_"
+        assert recorded == ["aten::copy_", both, "aten::matmul", both, f"aten::{total}"]
 
 
-def one_step(grid: str, rows: int, columns: int, hidden: int) -> tuple[int, list[str]]:
-    """In a rank: the bytes that it sends to others in a step, and what runs in it but collectives.
+def one_step(grid: str, rows: int, columns: int, hidden: int) -> tuple[int, list[str], list[str]]:
+    """In a rank: the bytes that it sends to others in a step, and its `layers.kernels`.
 
-    The layer multiplies with torch's own kernel; what only describes memory is left out.
+    The layer multiplies with torch's own kernel.
     """
-    from torch.profiler import ProfilerActivity, profile
-
     from oproj_patch.sharding import exchange
 
-    sent = []
-    send = exchange._all_to_all
-
-    def counted(output: Any, input_: torch.Tensor, *given: Any) -> Any:
-        sent.append(input_.nbytes * 3 // 4)
-        return send(output, input_, *given)
-
-    with sharding(4, 4, OPROJ_GRID=grid), mock.patch.object(exchange, "_all_to_all", counted):
+    with sharding(4, 4, OPROJ_GRID=grid):
         layer, _, _ = made(hidden, columns)
         x = whole(rows, columns, torch.float32)
         plain = mock.patch.object(
@@ -151,18 +148,9 @@ def one_step(grid: str, rows: int, columns: int, hidden: int) -> tuple[int, list
         )
         with plain, torch.inference_mode():
             layer(x)
-            sent.clear()
-            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            with layers.bytes_sent(4) as sent:
                 exchange.exchange(layer, x, (rows,) * 4)
-    # What calls another kernel, is called by one (a sum fills its result), or describes memory.
-    quiet = "view as_strided slice select transpose permute empty expand t unsqueeze narrow detach"
-    quiet += " alias fill_ matmul resolve_conj resolve_neg _unsafe_view empty_strided new_empty"
-    names = [event.name.removeprefix("aten::") for event in profiler.events()]
-    return sum(sent), sorted(
-        name
-        for name in names
-        if name not in quiet.split() and not name.startswith(("c10d", "gloo"))
-    )
+            return sum(sent), *layers.kernels(lambda: exchange.exchange(layer, x, (rows,) * 4))
 
 
 @dataclass(frozen=True)
@@ -174,16 +162,13 @@ class Odd:
     columns: int = 512
     hidden: int = 512
     options: dict[str, Any] = field(default_factory=dict)
-    quantized: bool = False
 
 
 ODD = {
     "skipped bias": Odd("2x2", "(the host adds its whole bias itself)",
                         options={"bias": True, "skip_bias_add": True}),
-    "outputs": Odd("2x2", "(512 columns and 511 outputs in blocks of 1 and 1)", hidden=511),
-    "columns": Odd("2x2", "(511 columns and 512 outputs in blocks of 1 and 1)", columns=511),
-    "blocks": Odd("1x4", "(512 columns and 576 outputs in blocks of 128 and 128)", hidden=576,
-                  quantized=True),
+    "outputs": Odd("2x2", "(512 columns and 511 outputs)", hidden=511),
+    "columns": Odd("2x2", "(511 columns and 512 outputs)", columns=511),
 }  # fmt: skip
 
 
@@ -194,22 +179,66 @@ def test_refused_where_the_user_named_the_grid(world: World, case: Odd) -> None:
     for sentence in world.run(refused, case):
         assert sentence == (
             f"OPROJ005: OPROJ_GRID is {case.grid}, which does not cut {layers.O_PROJ} on 1 "
-            f"tensor-parallel ranks {case.told}; accepted are auto, Nx1 and grids that leave whole "
-            "blocks on every rank: change or unset OPROJ_GRID."
+            f"tensor-parallel ranks {case.told}; accepted are auto, Nx1 and grids that leave an "
+            "equal part on every rank: change or unset OPROJ_GRID."
         )
 
 
 def refused(case: Odd) -> str:
     import oproj_patch
 
-    quant_config = SimpleNamespace(weight_block_size=[128, 128]) if case.quantized else None
-    options = {"bias": False, **case.options, "quant_config": quant_config}
+    options = {"bias": False, **case.options}
     with (
         sharding(4, 4, OPROJ_GRID=case.grid),
         pytest.raises(oproj_patch.OprojValueError) as raised,
     ):
         layers.build(layers.O_PROJ, case.hidden, case.columns, **options)
     return str(raised.value)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("world", [4], indirect=True)
+def test_a_named_grid_of_a_layer_that_is_not_quantized(world: World) -> None:
+    """The blocks of the model's other layers do not matter."""
+    assert world.run(beside_blocks) == [[144, 512]] * 4
+
+
+def beside_blocks() -> list[int]:
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+
+    quant_config = Fp8Config(True, "dynamic", [layers.O_PROJ], [128, 128])
+    with sharding(4, 4, OPROJ_GRID="1x4"):
+        options = {"bias": False, "quant_config": quant_config}
+        return list(layers.build(layers.O_PROJ, 576, 512, **options).weight.shape)
+
+
+@pytest.mark.parametrize(("size", "grid"), [(4, "2x2"), (8, "4x2")])
+def test_plan_names_the_grid_that_a_start_logs(size: int, grid: str, tmp_path: Path) -> None:
+    """Real ranks build the model as a worker does, and run one step."""
+    model = write({**CONFIGS["qwen3_moe"], "hidden_size": 128}, tmp_path)
+    rows = plan.make_plan(model, plan.load_model(model), dp=size)["rows"]
+    assert [row["grid"] for row in rows if row["otp_size"] == size] == [grid]
+    line = rf"oproj_patch \S+: o_proj sharded {size}-way over ranks .*: 2 layers, .*; grid {grid};"
+    for lines in launch.run(size, started, model, size, env={launch.SIZE: str(size)}):
+        assert len(lines) == 1 and re.match(line, lines[0]), lines
+
+
+def started(model: str, dp: int) -> list[str]:
+    """In a rank: plug-ins, configuration, groups, model, a step of a layer; return our log."""
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    config, told = engine_config(model), logging.Handler()
+    lines: list[str] = []
+    logger = logging.getLogger("vllm.oproj_patch")
+    with layers.world(), layers.model_groups(dp, config=config):
+        layer = create(config).model.layers[0].self_attn.o_proj
+        finish(layer)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(told)
+        with mock.patch.object(told, "emit", lambda record: lines.append(record.getMessage())):
+            assert layer(torch.zeros(2, 128))[0].shape == (2, 128)
+    return lines
 
 
 @pytest.mark.quick

@@ -77,6 +77,7 @@ def profiled(gather_from: str, buffer: int) -> None:
         with torch.inference_mode(), forward_context(config, [1, 1, 1], True):
             layer(whole(1, columns, torch.float32))  # the layers are settled and compared
         group.buffers.clear()
+        group.views.clear()
         most = step([MOST] * 3)
         kept = held(group)
         assert 0 < kept < most
@@ -102,7 +103,7 @@ def test_r1_on_eight_ranks_on_meta_tensors(graph_rows: int) -> None:
     shard = SimpleNamespace(
         group=group,
         plan=plan,
-        quantizer=None,
+        wire=None,
         gemm=lambda x, _=(): torch.nn.functional.linear(x, weight),
     )
     layer = SimpleNamespace(oproj=shard, output_size=7168)

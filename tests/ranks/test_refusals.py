@@ -71,6 +71,8 @@ DENSE = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "n_routed
 
 DYNAMIC = SimpleNamespace(num_speculative_tokens_per_batch_size=[(1, 8, 3), (9, 64, 1)])
 
+OLD_EPLB = SimpleNamespace(use_async=True)
+
 # case -> (EngineArgs, set afterwards, what is said)
 CASES: dict[str, tuple[dict[str, Any], list[list[Any]], str]] = {
     "nothing special": ({}, [], "passes with 2"),
@@ -79,12 +81,12 @@ CASES: dict[str, tuple[dict[str, Any], list[list[Any]], str]] = {
     "decode context parallel": (
         {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
         [],
-        "--decode-context-parallel-size is 2: ",
+        "passes with 2",
     ),
     "prefill context parallel": (
         {},
         [["parallel_config.prefill_context_parallel_size", 2]],
-        "--prefill-context-parallel-size is 2: ",
+        "passes with 2",
     ),
     "elastic expert parallel": (
         {},
@@ -96,14 +98,31 @@ CASES: dict[str, tuple[dict[str, Any], list[list[Any]], str]] = {
         [["parallel_config.enable_fault_tolerance", True]],
         "--enable-fault-tolerance is True: ",
     ),
+    # As up to 0.22, where NCCL is the only communicator.
+    "asynchronous EPLB": (
+        {},
+        [["parallel_config.enable_eplb", True], ["parallel_config.eplb_config", OLD_EPLB]],
+        "eplb_config.use_async over NCCL is True: ",
+    ),
     "asynchronous EPLB over DeepEP": (
         {},
         [
             ["parallel_config.enable_eplb", True],
             ["parallel_config.eplb_config.use_async", True],
+            ["parallel_config.eplb_config.communicator", "pynccl"],
             ["parallel_config.all2all_backend", "deepep_low_latency"],
         ],
-        "asynchronous EPLB with --all2all-backend is deepep_low_latency: ",
+        "eplb_config.use_async over NCCL is True: ",
+    ),
+    "asynchronous EPLB without NCCL": (
+        {},
+        [
+            ["parallel_config.enable_eplb", True],
+            ["parallel_config.eplb_config.use_async", True],
+            ["parallel_config.eplb_config.communicator", "nixl"],
+            ["parallel_config.all2all_backend", "deepep_low_latency"],
+        ],
+        "passes with 2",
     ),
     "EPLB that is not asynchronous": (
         {},
@@ -114,14 +133,19 @@ CASES: dict[str, tuple[dict[str, Any], list[list[Any]], str]] = {
         ],
         "passes with 2",
     ),
+    "asynchronous EPLB that is off": (
+        {},
+        [["parallel_config.enable_eplb", False], ["parallel_config.eplb_config", OLD_EPLB]],
+        "passes with 2",
+    ),
     "a dynamic number of drafted tokens": (
         {},
         [["speculative_config", DYNAMIC]],
         "speculative_config.num_speculative_tokens_per_batch_size is given: a rank drafts",
     ),
-    "dual-batch overlap": ({}, [["parallel_config.enable_dbo", True]], "--enable-dbo is True: "),
-    "micro-batches": ({}, [["parallel_config.ubatch_size", 2]], "--ubatch-size is 2: "),
-    "LoRA": ({"enable_lora": True}, [], "--enable-lora is given: "),
+    "dual-batch overlap": ({}, [["parallel_config.enable_dbo", True]], "passes with 2"),
+    "micro-batches": ({}, [["parallel_config.ubatch_size", 3]], "passes with 2"),
+    "LoRA": ({"enable_lora": True}, [], "passes with 2"),
     "sharded-state files": ({"load_format": "sharded_state"}, [], "--load-format is sharded_state"),
     "sharded-state stream": (
         {"load_format": "runai_streamer_sharded"},
@@ -263,6 +287,27 @@ def test_every_rule_has_a_case(told: Told) -> None:
         if rule.host != "vllm" or rule.option == "VLLM_USE_V1" or rule.until:  # of old releases
             continue
         assert any(rule.option in found and rule.why in found for found in sentences), rule
+
+
+@pytest.mark.parametrize("mode", ["NONE", "PIECEWISE", "FULL", "FULL_AND_PIECEWISE"])
+@pytest.mark.parametrize("release", ["0.11.0", "0.12.0", "0.13.0", "0.32.0"])
+def test_dual_batch_overlap_in_graphs(release: str, mode: str) -> None:
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(is_moe=True, enforce_eager=False),
+        parallel_config=SimpleNamespace(data_parallel_size=2, enable_dbo=True),
+        compilation_config=SimpleNamespace(cudagraph_mode=SimpleNamespace(name=mode)),
+    )
+    host, settings = Vllm({"vllm": release}), Settings(size=2)
+    if release > "0.12.0" or "FULL" not in mode:
+        host.check(config, settings)
+        return
+    with pytest.raises(OprojError) as raised:
+        host.check(config, settings)
+    assert str(raised.value) == (
+        "OPROJ015: OPROJ_TENSOR_PARALLEL_SIZE is 2, and --enable-dbo with device graphs of vllm "
+        f"{release} is {mode}: a rank that replays a graph and one that does not announce "
+        "different rows for the halves of a batch; use PIECEWISE or NONE, or vLLM 0.13 or later."
+    )
 
 
 GRAPHS = [

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from oproj_patch.errors import OprojValueError
 from oproj_patch.settings import Settings
 from oproj_patch.sharding import grid
 from oproj_patch.sharding.topology import Grid
@@ -62,3 +63,40 @@ def test_auto_of_a_layer(of_group: Any, quant_config: Any, bias: bool, found: An
         "skip_bias_add": bias, "quant_config": quant_config,
     }  # fmt: skip
     assert grid.of_layer(given, group) == found
+
+
+def test_a_named_grid_does_not_depend_on_the_blocks_of_other_layers() -> None:
+    group: Any = SimpleNamespace(
+        grid=Grid(2, 4), size=8, tp_size=1, settings=Settings(size=8, grid="2x4")
+    )
+    given = {"prefix": "o_proj", "input_size": 16384, "output_size": 7232, "quant_config": BLOCKS}
+    assert grid.of_layer(given, group) == ((2, 4), "")
+    given["output_size"] = 7233
+    with pytest.raises(OprojValueError, match=r"OPROJ005: OPROJ_GRID is 2x4, .* and 7233 outputs"):
+        grid.of_layer(given, group)
+
+
+@pytest.mark.parametrize(
+    ("cut", "hidden", "told"),
+    [
+        ((2, 4), 7168, ""),
+        ((2, 4), 7232, "has 128 outputs; "),
+        ((8, 1), 7232, ""),
+        ((256, 1), 7168, "has 128 columns; "),
+    ],
+)
+def test_a_part_of_a_block_is_refused(cut: Any, hidden: int, told: str) -> None:
+    """Whoever chose the grid: when the layer is built, before it is loaded."""
+    shard = SimpleNamespace(
+        grid=Grid(*cut), hidden=hidden, name="o_proj", group=SimpleNamespace(size=8)
+    )
+    layer = SimpleNamespace(
+        oproj=shard, quant_method=SimpleNamespace(quant_config=BLOCKS),
+        input_size_per_partition=16384 // cut[0],
+    )  # fmt: skip
+    shard.layer = layer
+    if not told:
+        grid.check_blocks(layer)
+        return
+    with pytest.raises(OprojValueError, match=rf"OPROJ006: .* \(grid {Grid(*cut)}\), but .*{told}"):
+        grid.check_blocks(layer)

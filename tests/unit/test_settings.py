@@ -196,7 +196,7 @@ def test_a_variable_and_a_key_that_are_equal_are_accepted() -> None:
         ({"weight_gather_rows": -1}, "oproj_patch.weight_gather_rows is -1; accepted are 0 (never"),
         (
             {"wire": "int4"},
-            "oproj_patch.wire is 'int4'; accepted are auto and off: set one or unset",
+            "oproj_patch.wire is 'int4'; accepted are auto, off, int8 and fp8: set one or unset",
         ),
         ({"grid": "2 x 2"}, "oproj_patch.grid is '2 x 2'; accepted are auto, Nx1 and two numbers"),
         (

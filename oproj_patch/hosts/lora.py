@@ -1,0 +1,74 @@
+"""vLLM's LoRA layers around a sharded o_proj.
+
+The owner of a row has all of its input columns, so it adds `x A B` to the row's result by itself:
+an adapter needs no exchange. vLLM takes its LoRA layer by the exact class of the base layer, which
+then multiplies by its quantization method. It gets a view of the sharded layer, of the host's own
+class, whose quantization method runs a whole step.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from .. import releases
+from ..sharding import layer as sharded
+from .seam import Seam
+
+# Where vLLM's manager of adapters has its own name of the function, by release.
+MANAGERS = {"vllm.lora.models": ("", "0.12.0"), "vllm.lora.model_manager": ("0.13.0", "")}
+
+
+def seams(version: str) -> tuple[Seam, ...]:
+    """Return the seams for `--enable-lora` in a release of vLLM; empty: of all releases."""
+    why = "give LoRA layers a sharded o_proj in the form that they know"
+    return tuple(
+        Seam(module, "from_layer", layer_wrapped, why, ("layer",), since, until)
+        for module, (since, until) in MANAGERS.items()
+        if not version or releases.in_range(version, since, until)
+    )
+
+
+def layer_wrapped(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+    """Wrap vLLM's choice of a LoRA layer: for a sharded layer it sees the layer's view."""
+    given = inspect.signature(wrapped).bind(*args, **kwargs)
+    layer = given.arguments["layer"]
+    if not isinstance(layer, sharded.ShardedMixin):
+        return wrapped(*args, **kwargs)
+    given.arguments["layer"] = view(layer)
+    return wrapped(*given.args, **given.kwargs)
+
+
+class Step:
+    """A sharded layer in the place of a quantization method."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    def apply(self, _: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Run a step, x [..., K] -> [..., hidden]; it adds the layer's own bias once."""
+        return sharded.step(self.layer, x)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer.quant_method, name)
+
+
+def view(layer: Any) -> Any:
+    """Return a layer of the host's class, with the tensors of `layer` and a `Step`.
+
+    It has the columns of this tensor-parallel rank, by which vLLM cuts an adapter. It shows no
+    bias that a step adds, because up to 0.11 vLLM's LoRA layer adds it as well.
+    """
+    mro = type(layer).__mro__
+    cls = next(base for base in mro if not issubclass(base, sharded.ShardedMixin))
+    shard, made = layer.oproj, cls.__new__(cls)
+    vars(made).update(vars(layer))
+    vars(made).update(
+        tp_size=shard.group.tp_size, tp_rank=shard.group.tp_rank, quant_method=Step(layer),
+        input_size_per_partition=layer.input_size_per_partition * shard.grid.inputs,
+    )  # fmt: skip
+    if not layer.skip_bias_add:
+        vars(made)["bias"] = None
+    return made
