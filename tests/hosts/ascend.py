@@ -23,7 +23,7 @@ import torch
 from tests.ranks.launch import SIZE
 from tests.ranks.layers import whole
 
-from .ascend_kernels import kernels_stood_in
+from .ascend_kernels import attentions, kernels_stood_in
 from .wheels import Host, environment
 
 # DeepSeek's architecture; every layer has an ordinary MLP, but the configuration is that of a
@@ -367,7 +367,7 @@ def metadata(rows: int) -> Any:
 
 def forward(model: Any, config: Any, rows: int, idle: bool, profile: bool = False) -> Any:
     """One forward pass of the real model in vllm-ascend's own context."""
-    names = [module.layer_name for module in model.modules() if hasattr(module, "impl")]
+    names = [module.layer_name for module in attentions(model)]
     told = None if idle else {name: metadata(rows) for name in names}
     with torch.inference_mode(), forward_context(config, rows, told, profile):
         tokens = torch.arange(rows) % 8
@@ -398,10 +398,9 @@ def check_steps(
 
     full = dict(checkpoint(config.model_config.hf_config))
     impls = []
-    for module in built.modules():
-        if hasattr(module, "impl"):
-            kernels_stood_in(module)
-            impls.append(module.impl)
+    for module in attentions(built):
+        kernels_stood_in(module)
+        impls.append(module.impl)
     assert type(impls[0]).__name__ == attention
     parallel = config.parallel_config
     mine = parallel.data_parallel_rank

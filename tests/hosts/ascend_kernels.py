@@ -124,6 +124,12 @@ def torchair_kernels() -> None:
     torch_npu.npu_interleave_rope = lambda x, *_: x
 
 
+def attentions(model: Any) -> list[Any]:
+    """Return the attention layers of a model; from 0.30 on their indexers are layers too."""
+    layers = [module for module in model.modules() if hasattr(module, "impl")]
+    return [layer for layer in layers if "Indexer" not in type(layer.impl).__name__]
+
+
 def kernels_stood_in(layer: Any) -> None:
     """Stand in for the kernels of one attention layer, by its implementation."""
     name = type(layer.impl).__name__
@@ -155,7 +161,8 @@ class Attention:
     def project(self, q_c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return q_c, torch.zeros(q_c.shape[0], 1, 1)
 
-    def decode(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    def decode(self, given: Any, *_: Any, **__: Any) -> torch.Tensor:
+        hidden_states = getattr(given, "ql_nope", given)  # from 0.30 on, what `preprocess` made
         mix = whole(self.columns, hidden_states.shape[-1], torch.float32, seed=7)
         return hidden_states @ mix.t()
 

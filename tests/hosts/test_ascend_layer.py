@@ -235,7 +235,7 @@ def test_w8a8_dynamic_with_stand_ins_for_npu_dynamic_quant_and_npu_quant_matmul(
     assert type(layer.quant_method.quant_method).__name__ == "AscendW8A8DynamicLinearMethod"
 
 
-@part()
+@part(*(host for host in RELEASES if host != NEWEST))  # where it is for experts only
 def test_w4a8_with_a_stand_in_for_npu_weight_quant_batchmatmul(here: Here) -> None:
     for outputs, shape, groups in ((1, [32, 128], [32, 4]), (2, [16, 256], [16, 8])):
         layer, error, scale = _quantized(
@@ -354,7 +354,7 @@ def test_steps_of_a_drafter_with_other_rows_in_one_forward_context(here: Here) -
     assert oproj_patch.status().exchanges - before == 3
 
 
-@part(*RELEASES[1:])
+@part(*RELEASES[1:-1])  # the newest has no method of this kind with groups on a linear layer
 def test_layers_are_refused_by_name_with_a_remedy(here: Here) -> None:
     """The check of a new layer, when the release had chosen otherwise for it."""
     from vllm.model_executor.layers.linear import RowParallelLinear
@@ -497,7 +497,7 @@ def test_attention_whose_metadata_have_no_token(here: Here) -> None:
     config = ascend.configured(here.models["sparse"], 2, additional_config=option)
     with set_current_vllm_config(config):
         built = ascend.build(config)
-        attentions = [module for module in built.modules() if hasattr(module, "impl")]
+        attentions = ascend.attentions(built)
         for module in attentions:
             kernels_stood_in(module)
         mine = config.parallel_config.data_parallel_rank
@@ -521,7 +521,7 @@ def test_attention_whose_metadata_have_no_token(here: Here) -> None:
             assert float((output - expected).abs().max()) <= 5e-6 * float(expected.abs().max())
 
 
-@part(*MORE)
+@part(MORE[0])
 def test_grouped_query_attention(here: Here) -> None:
     """Qwen3-MoE, whose o_proj is called by the model and not by the attention."""
     _another(here, "qwen", "AscendAttentionBackendImpl")
