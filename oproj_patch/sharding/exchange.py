@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from . import diagnosis, rows, weight_gather
 from .otp_group import CollectiveError, Counts, OtpGroup
+from .pair import placed
 
 BUFFER_BYTES = 8 << 20
 """Of each shared buffer in a step with more rows, which is cut into parts.
@@ -38,6 +39,7 @@ class Plan(NamedTuple):
     graph_rows: row count up to which a device graph may be captured (0: no graphs).
     gather_from: rows on every rank from which the weight is gathered; 0: never.
     outputs: b of the grid; wire_bytes: of an element on the way out, if not `element_bytes`.
+    tail: how many of a chunk's elements are behind its columns, see `pair.Pair`.
     """
 
     size: int
@@ -49,10 +51,11 @@ class Plan(NamedTuple):
     buffer_bytes: int
     outputs: int = 1
     wire_bytes: int = 0
+    tail: int = 0
 
     @property
     def chunk(self) -> int:
-        """Input columns of one rank, K/a."""
+        """Input columns of one rank, K/a, and the tail."""
         return self.columns * self.outputs // self.size
 
     @property
@@ -82,9 +85,10 @@ def decide(counts: Counts, plan: Plan) -> Pattern:
     return Pattern(weight_gather.wins(plan.gather_from, counts), min(parts, max(counts)))
 
 
-def run(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def run(layer: Any, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
     """Run one step of a sharded o_proj: x [..., K] -> [..., hidden], same dtype.
 
+    positions: of the rows, [...], where they travel with them.
     Raises OprojError when row counts or, in debug mode, the ranks' places differ, and when a rank
     does not take part within the group's timeout.
     """
@@ -102,22 +106,26 @@ def run(layer: Any, x: torch.Tensor) -> torch.Tensor:
             group.gathers += 1
             output = weight_gather.run(mine, layer)
         else:
-            output = exchange(layer, mine, counts, pattern.parts)
+            tail = None if positions is None else placed(positions.reshape(-1), x.dtype)
+            output = exchange(layer, mine, counts, pattern.parts, tail)
     except CollectiveError as error:
         raise diagnosis.failed(f"step {step} at {shard.name}", error, group) from error
     return output.view(*x.shape[:-1], plan.hidden)
 
 
-def exchange(layer: Any, x: torch.Tensor, counts: Counts, parts: int = 1) -> torch.Tensor:
+def exchange(
+    layer: Any, x: torch.Tensor, counts: Counts, parts: int = 1, tail: torch.Tensor | None = None
+) -> torch.Tensor:
     """Dispatch, multiply, combine: x [rows, K] -> [rows, hidden], in `parts` parts.
 
-    rows may be fewer than this rank's count: the rest travels as zeros. While a part is
-    multiplied, the next one is on its way out and the last one on its way back.
+    tail: what travels behind each chunk of a row, [rows, elements]. rows may be fewer than this
+    rank's count: the rest travels as zeros. While a part is multiplied, the next one is on its way
+    out and the last one on its way back.
     """
     shard, group, plan = layer.oproj, layer.oproj.group, layer.oproj.plan
     if parts == 1:
         sent = narrowed(x, shard.quantizer, plan)
-        partial = shard.gemm(dispatch(sent, counts, group, plan).wait(), counts)
+        partial = shard.gemm(dispatch(sent, counts, group, plan, tail=tail).wait(), counts)
         return add_up(combine(partial, counts, group).wait(), plan.outputs)[: x.shape[0]]
     # Every rank cuts every rank's rows in the same places.
     cuts = [tuple(count * part // parts for count in counts) for part in range(parts + 1)]
@@ -127,7 +135,8 @@ def exchange(layer: Any, x: torch.Tensor, counts: Counts, parts: int = 1) -> tor
 
     def leave(part: int) -> Arriving:
         sent = narrowed(x[own[part]], shard.quantizer, plan)
-        return dispatch(sent, some[part], group, plan, part % 2)
+        behind = None if tail is None else tail[own[part]]
+        return dispatch(sent, some[part], group, plan, part % 2, behind)
 
     def finish(part: int, back: Arriving) -> None:
         mine = output[own[part]]
@@ -175,17 +184,23 @@ def narrowed(x: torch.Tensor, quantizer: rows.Quantizer | None, plan: Plan) -> t
 
 
 def dispatch(
-    x: torch.Tensor, counts: Counts, group: OtpGroup, plan: Plan, lane: int | None = None
-) -> Arriving:
+    x: torch.Tensor, counts: Counts, group: OtpGroup, plan: Plan, lane: int | None = None,
+    tail: torch.Tensor | None = None,
+) -> Arriving:  # fmt: skip
     """Send x [rows, K] out: [sum(counts), K/a] arrives, rows ordered by owner, same dtype.
 
     lane: which buffers a part of a step uses; None: of the whole step, which waits for the rows.
+    tail: [rows, at most plan.tail], what goes to every rank behind its chunk.
     The result is valid until the lane's next part, or the group's next step.
     """
     n, mine, given = group.size, counts[group.rank], x.shape[0]
     ways, chunk = n // plan.outputs, plan.chunk
     send = buffer("dispatch send", (ways, plan.outputs, mine, chunk), x, group, lane)
-    send[:, :, :given].copy_(x.view(given, ways, 1, chunk).permute(1, 2, 0, 3))
+    columns = chunk - plan.tail
+    rows = x.view(given, ways, 1, columns).permute(1, 2, 0, 3)
+    send[:, :, :given, :columns].copy_(rows)
+    if tail is not None:
+        send[:, :, :given, columns : columns + tail.shape[1]].copy_(tail)
     if given < mine:
         send[:, :, given:].zero_()
     received = buffer("dispatch receive", (sum(counts), chunk), x, group, lane)
