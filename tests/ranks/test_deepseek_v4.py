@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.ranks import v4
-from tests.ranks.launch import SIZE, World
+from tests.ranks.launch import World
 from tests.ranks.layers import join_world, model_groups, whole
 from tests.ranks.models import create, engine_config, write
 
@@ -61,7 +61,7 @@ def test_int8(world: World, grid: str, ways: list[int], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("grid", "ways", "fields"),
-    [("1x2", [1, 2], {}), ("auto", [2, 1], {"o_groups": 1, "num_attention_heads": 2})],
+    [("1x2", [1, 2], {}), ("2x1", [2, 1], {"o_groups": 1, "num_attention_heads": 2})],
     ids=["the outputs are cut", "one group"],
 )
 def test_second_alone(
@@ -73,18 +73,20 @@ def test_second_alone(
 
 def projected(path: str, grid: str, ways: list[int], both: bool) -> None:
     """In a rank: build the model, load the two weights, compare each step with float64."""
-    from vllm.plugins import load_general_plugins
-
+    import oproj_patch
     from tests.engines import v4_kernels
 
     importlib.import_module("vllm.v1.worker.cpu.shm")  # gives a CPU torch.cuda.Event
     join_world()
     v4_kernels.stand_in()
-    with mock.patch.dict(os.environ, {SIZE: "2", "OPROJ_GRID": grid}):
-        load_general_plugins()
-        config = engine_config(path, "bfloat16")
-        with model_groups(2, config=config):
-            _check(config, ways, both)
+    with mock.patch.dict(os.environ, {"OPROJ_GRID": grid}):
+        oproj_patch.enable(2)
+        try:
+            config = engine_config(path, "bfloat16")
+            with model_groups(2, config=config):
+                _check(config, ways, both)
+        finally:
+            oproj_patch.disable()
 
 
 def _check(config: Any, ways: list[int], both: bool) -> None:
