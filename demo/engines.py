@@ -484,10 +484,11 @@ def _rank(rank: int) -> None:
     completions = []
     for number, entry in enumerate(work["rounds"]):
         prompts, tokens = entry["prompts"][rank], entry["max_tokens"][rank]
-        if not prompts:
-            # vLLM's offline client does nothing for an empty list, and the other ranks would wait
-            # in a collective. A server's coordinator wakes an idle engine by this message.
-            client = llm.llm_engine.engine_core
+        client = llm.llm_engine.engine_core
+        if not prompts and hasattr(client, "engines_running"):
+            # The client of an engine in another process does nothing for an empty list, and the
+            # other ranks would wait in a collective. A server's coordinator wakes an idle engine by
+            # this message.
             client.engines_running = True
             client._send_input(EngineCoreRequestType.START_DP_WAVE, (number, -1))
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)

@@ -55,6 +55,7 @@ class _Start:
     world: weakref.ref[Any]
     key: str = ""
     refusal: OprojError | None = None
+    facts: dict[str, str] = field(default_factory=dict)
     tp_groups: list[list[int]] = field(default_factory=list)
 
 
@@ -96,8 +97,9 @@ def activate() -> None:
         return
     _state.settings = wanted
     _state.stack.callback(launch_env.add_to_vllm_plugins(os.environ))
-    seam, version = ascend_option.seam(wanted), lambda: f"vllm-ascend {ascend_version()}"
-    _state.stack.callback(install_on_import(seam, seam.module, version, []))
+    version = ascend_version()
+    seam, host = ascend_option.seam(wanted, version), lambda: f"vllm-ascend {version}"
+    _state.stack.callback(install_on_import(seam, seam.module, host, []))
     _wrap_group_creation()
 
 
@@ -220,6 +222,7 @@ def _started() -> _Start:
         sentence = f"vLLM's modules or configuration cannot be read here ({what}): mend that first."
         refusal = OprojError("OPROJ008", sentence)
         refusal.__cause__ = error
+    start.facts = settings.shared() | equal
     try:
         start.key = otp_group.agree_to_start(settings, equal, refusal)
     except OprojError as error:
@@ -255,7 +258,7 @@ def _create_otp_group(start: _Start, dp_groups: Sequence[Any], backend: str, dp:
     config = get_current_vllm_config()
     otp_group.create(
         dp_groups, start.tp_groups, backend, host.settings, start.key, dp,
-        host.graph_rows(config), host.grid(config),
+        host.graph_rows(config), host.grid(config), start.facts,
     )  # fmt: skip
     original = dp.destroy
 

@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 from .. import activation, hosts, settings
 from .._version import __version__
 from ..errors import OprojError, OprojValueError
+from ..hosts import architectures, ascend_option
 from ..hosts.launch_env import PLUGIN
+from ..hosts.refusals import ARCHITECTURES, of
 from ..hosts.seam import Seam, resolve
 from ..sharding import topology
 
@@ -116,7 +118,10 @@ def diagnose(server: list[str]) -> dict[str, Any]:
         config = _command(host, server, found)
         wanted = host.settings
         found += [_look("release", _release, host), _look("plugin", _plugin)]
-        for seam in (activation.group_seam(), *host.seams(config)):
+        early = [activation.group_seam()]
+        if version := host.versions.get("vllm-ascend"):
+            early.append(ascend_option.seam(wanted, version))
+        for seam in (*early, *host.seams(config)):
             found.append(_look("seam", _seam, seam, str(host)))
     states = {finding.state for finding in found}
     if "problem" in states:
@@ -195,7 +200,7 @@ def _plugin() -> Told:
 
 def _seam(seam: Seam, host: str) -> Told:
     if resolve(seam, host) is None:
-        return "note", f"{seam.symbol}: not in this release, and not needed."
+        return "note", f"{seam.symbol}: not in this release or process, and not needed."
     return "ok", seam.symbol + (f" ({', '.join(seam.parameters)})" if seam.parameters else "")
 
 
@@ -216,6 +221,8 @@ def _command(host: Vllm, server: list[str], found: list[Finding]) -> Any:
         found.append(Finding("command", "note" if config is None else "ok", text))
         if host.settings.enabled:
             _check(host, args, config)
+            if config is not None:
+                found.append(Finding("model", *_model(config)))
             found.append(Finding("refusals", "ok", "nothing in what was checked is refused."))
     except OprojError as error:  # raised by a check, or by our plugin, which vLLM has loaded
         found.append(Finding("refusals", "problem", error.sentence, error.code))
@@ -224,6 +231,12 @@ def _command(host: Vllm, server: list[str], found: list[Finding]) -> Any:
         text = f"vLLM cannot make a configuration from it ({told})"
         found.append(Finding("command", "problem", text))
     return config
+
+
+def _model(config: Any) -> Told:
+    """Tell what the table of architectures says of the model. Raises OprojError if refused."""
+    known, text = architectures.told(of(config, ARCHITECTURES) or ())
+    return "ok" if known else "note", text
 
 
 def _check(host: Vllm, args: Any, config: Any) -> None:

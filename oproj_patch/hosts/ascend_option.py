@@ -1,17 +1,19 @@
 """vllm-ascend's own o_proj option, and who acts on it.
 
-vllm-ascend reads it from vLLM's `additional_config` in the constructor of its `AscendConfig`, in
-the parent and in every worker. With the toggle `auto` we serve the option, so we take it out of
-sight while that constructor runs; with a number we refuse it. We take our own key out of sight as
-well, because a release may refuse a key that it does not know.
+vllm-ascend reads it in the constructor of its `AscendConfig`, in the parent and in every worker:
+from vLLM's `additional_config`, and since 0.27 from the constructor's own arguments, which are what
+is in there. With the toggle `auto` we serve the option, so we take it out of sight while that
+constructor runs; with a number we refuse it. We take our own key out of sight as well, because a
+release may refuse a key that it does not know.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from .. import releases
 from ..errors import OprojError
 from ..settings import CONFIG_KEY, TOGGLE, Settings, merge
 from .seam import Seam
@@ -55,29 +57,52 @@ def resolved(settings: Settings, config: Any) -> Settings:
     return replace(settings, size=next(iter(found.values())))
 
 
-def seam(settings: Settings) -> Seam:
-    """Return the one seam of vllm-ascend that is installed as soon as its module is imported."""
+def seams(settings: Settings) -> tuple[Seam, Seam]:
+    """Return the seams of vllm-ascend that are installed as soon as their module is imported."""
 
-    def constructed(wrapped: Any, _: Any, args: Any, kwargs: Any) -> None:
+    def constructed(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
         vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
         additional = vllm_config.additional_config
-        taken: list[tuple[dict[str, Any], str, Any]] = []
-        for holder, name in configured(additional):
-            if not settings.auto:
-                raise OprojError(
-                    "OPROJ016",
-                    f"{TOGGLE} is {settings.size} and additional_config.{name} is {holder[KEY]!r}: "
-                    f"one o_proj cannot be sharded twice; set {TOGGLE}=auto, or remove one of the "
-                    "two.",
-                )
-            taken.append((holder, KEY, holder.pop(KEY)))
-        if isinstance(additional, dict) and CONFIG_KEY in additional:
-            taken.append((additional, CONFIG_KEY, additional.pop(CONFIG_KEY)))
-        try:
-            wrapped(*args, **kwargs)
-        finally:
-            for holder, key, value in taken:  # back into the same dictionaries: others hold them
-                holder[key] = value
+        return _out_of_sight(additional, settings, lambda: wrapped(*args, **kwargs))
+
+    def made(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+        return _out_of_sight(kwargs, settings, lambda: wrapped(*args, **kwargs))
 
     why = "serve vllm-ascend's own o_proj option, or refuse it beside a number"
-    return Seam(CONFIG, "AscendConfig.__init__", constructed, why, ("vllm_config",))
+    return (
+        Seam(
+            CONFIG, "AscendConfig.__init__", constructed, why, ("vllm_config",), until="0.26.0rc1"
+        ),
+        # The name, because pydantic puts another constructor into the class when it is first used.
+        Seam(CONFIG, "AscendConfig", made, why, (NESTED,), since="0.30.0rc2"),
+    )
+
+
+def seam(settings: Settings, version: str) -> Seam:
+    """Return the one of `seams` for this version of vllm-ascend."""
+    first, last = seams(settings)
+    return first if releases.in_range(version, first.since, first.until) else last
+
+
+def _out_of_sight(additional: Any, settings: Settings, construct: Callable[[], Any]) -> Any:
+    """Return what `construct` does while the option and our own key are not in `additional`.
+
+    Raises OprojError where the option is set beside a number of ours.
+    """
+    taken: list[tuple[dict[str, Any], str, Any]] = []
+    for holder, name in configured(additional):
+        if not settings.auto:
+            raise OprojError(
+                "OPROJ016",
+                f"{TOGGLE} is {settings.size} and additional_config.{name} is {holder[KEY]!r}: "
+                f"one o_proj cannot be sharded twice; set {TOGGLE}=auto, or remove one of the "
+                "two.",
+            )
+        taken.append((holder, KEY, holder.pop(KEY)))
+    if isinstance(additional, dict) and CONFIG_KEY in additional:
+        taken.append((additional, CONFIG_KEY, additional.pop(CONFIG_KEY)))
+    try:
+        return construct()
+    finally:
+        for holder, key, value in taken:  # back into the same dictionaries: others hold them
+            holder[key] = value

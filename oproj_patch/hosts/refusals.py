@@ -81,6 +81,14 @@ def _given(path: str) -> Found:
     return lambda facts: of(facts.vllm, path) is not None and "given"
 
 
+def _additional(name: str) -> Found:
+    def found(facts: Facts) -> object:
+        given = of(facts.vllm, "additional_config")
+        return isinstance(given, dict) and given.get(name)
+
+    return found
+
+
 def _more_than_one(name: str) -> Found:
     return lambda facts: (n := of(facts.vllm, f"parallel_config.{name}") or 1) > 1 and n
 
@@ -116,6 +124,14 @@ def _captured_as(*modes: str) -> Found:
     return lambda facts: not torchair(facts.ascend) and (m := graph_mode(facts.vllm)) in modes and m
 
 
+def _asynchronous_eplb(facts: Facts) -> object:
+    # Before 0.23 there is NCCL only. From then on vLLM names another communicator where it is asked
+    # for EPLB, and from 0.24 on it refuses NCCL itself.
+    eplb = of(facts.vllm, "parallel_config.eplb_config")
+    on = of(facts.vllm, "parallel_config.enable_eplb") and of(eplb, "use_async")
+    return on and of(eplb, "communicator") in (None, "torch_nccl", "pynccl")
+
+
 def _first_engine(_: Facts) -> object:
     from vllm import envs
 
@@ -139,10 +155,11 @@ RULES: tuple[Rule, ...] = (
          "would go with them"),
     Rule("--enable-fault-tolerance", _set("parallel_config.enable_fault_tolerance"),
          "its retry builds vLLM's process groups anew and not the otp group"),
-    Rule("asynchronous EPLB with --all2all-backend",
-         _all(_set("parallel_config.enable_eplb"), _set("parallel_config.eplb_config.use_async"),
-              _named("parallel_config.all2all_backend", "deepep*")),
-         "DeepEP then allows no other collective of the device in a forward pass"),
+    Rule("eplb_config.use_async over NCCL", _asynchronous_eplb,
+         "its thread moves experts over NCCL, beside which no forward pass may use NCCL, or ranks "
+         "wait for each other",
+         remedy="set eplb_config.use_async to false, or eplb_config.communicator to nixl or "
+         "torch_gloo (vLLM 0.23 or later), or unset the variable"),
     Rule("--enable-dbo", _set("parallel_config.enable_dbo"),
          "two halves of a batch run in two threads, whose steps could meet in either order"),
     Rule("--ubatch-size", _more_than_one("ubatch_size"),
@@ -170,6 +187,13 @@ RULES: tuple[Rule, ...] = (
     Rule("--tensor-parallel-size above 1 with the model architecture",
          _all(_more_than_one("tensor_parallel_size"), _named(ARCHITECTURES, "kimik3*")),
          "a fused kernel of this model reads o_proj's weight past the layer's forward"),
+    Rule("--tensor-parallel-size above 1 with the model architecture",
+         _all(_more_than_one("tensor_parallel_size"), _named(ARCHITECTURES, "musespark*")),
+         "a fused kernel of this model reads o_proj's weight past the layer's forward",
+         since="0.33.0"),
+    Rule("additional_config.decode_backend",
+         lambda facts: (told := _additional("decode_backend")(facts)) != "auto" and told,
+         "its kernels read o_proj's weight past the layer's forward", since="0.33.0"),
     Rule("speculative_config.num_speculative_tokens_per_batch_size",
          _given("speculative_config.num_speculative_tokens_per_batch_size"),
          "a rank drafts as many tokens as its own batch asks for, so ranks would run the drafter a "
@@ -189,17 +213,20 @@ RULES: tuple[Rule, ...] = (
          lambda facts: "o_proj" in (named := of(facts.ascend, "layer_sharding") or ()) and named,
          "both shard o_proj, or switch its weights", host="vllm-ascend",
          remedy="take o_proj out of the list, or unset the variable"),
+    Rule("additional_config.sparse_kv_offload_config.enabled",
+         lambda facts: of(facts.ascend, "sparse_kv_offload_config.enabled"),
+         "its attention has a class of its own, in which an idle rank does not reach o_proj",
+         host="vllm-ascend", since="0.26.0rc1"),
     Rule("VLLM_USE_V2_MODEL_RUNNER", _variable("VLLM_USE_V2_MODEL_RUNNER"),
          "the second model runner of vllm-ascend does not synchronize its graphs across ranks",
-         host="vllm-ascend", remedy="unset one of the two"),
+         host="vllm-ascend", until="0.26.0rc1", remedy="unset one of the two"),
+    Rule("VLLM_USE_V2_MODEL_RUNNER", _variable("VLLM_USE_V2_MODEL_RUNNER"),
+         "the second model runner of vllm-ascend leaves out vLLM's agreement on rows and graphs "
+         "where it transfers caches, and has not been run with a sharded o_proj",
+         host="vllm-ascend", since="0.30.0rc2", remedy="unset one of the two"),
     Rule("VLLM_ASCEND_ENABLE_DBO", _variable("VLLM_ASCEND_ENABLE_DBO"),
          "its two micro-batches run o_proj on two streams at once",
          host="vllm-ascend", remedy="unset one of the two"),
-    Rule("its ACL graphs", _captured_as("on"),
-         "each rank pads its rows and chooses its graph by itself there, so graphs of different "
-         "sizes would meet", host="vllm-ascend", since="0.9.1", until="0.9.1",
-         remedy="use --enforce-eager, torchair_graph_config.enabled for DeepSeek models, or "
-         "vllm-ascend 0.11.0 or later"),
     Rule("cudagraph_mode", _captured_as("FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"),
          "ranks do not agree on a full graph there",
          host="vllm-ascend", since="0.11.0", until="0.11.0",

@@ -26,6 +26,7 @@ class Seam:
     parameters: names the symbol's signature must have (drift check).
     since, until: first and last release with the symbol, as tested; empty: no such end.
     required: refuse a release without the symbol; else the symbol is wrapped where it exists.
+    lazy: wrapped only in a process that has imported the module already, and never refused.
     """
 
     module: str
@@ -36,6 +37,7 @@ class Seam:
     since: str = ""
     until: str = ""
     required: bool = True
+    lazy: bool = False
 
     @property
     def symbol(self) -> str:
@@ -66,13 +68,15 @@ class Installed:
 
 
 def resolve(seam: Seam, host: str) -> tuple[Any, str, Any] | None:
-    """Return (parent, attribute name, original) of a seam; None when it is absent, not required.
+    """Return (parent, attribute name, original) of a seam; None when it is absent, not needed.
 
     host: name and version for the message. Raises OprojError when the symbol is missing or
     its signature lacks a parameter that the wrapper relies on.
     """
     import wrapt  # the command line does without it
 
+    if seam.lazy and seam.module not in sys.modules:
+        return None
     try:
         module = importlib.import_module(seam.module)
         parent, attribute, original = wrapt.resolve_path(module, seam.path)
@@ -83,17 +87,23 @@ def resolve(seam: Seam, host: str) -> tuple[Any, str, Any] | None:
             return None
         raise _drift(seam, host, f"cannot be found ({type(error).__name__}: {error})") from error
     function = inspect.unwrap(getattr(parent, attribute))
-    found = inspect.signature(function).parameters
+    try:
+        found = tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # written in C
+        found = ()
     lacking = [name for name in seam.parameters if name not in found]
     if not lacking:
         return parent, attribute, original
-    owner = str(getattr(function, "__module__", ""))
+    if seam.lazy:
+        return None
+    named = function if hasattr(function, "__qualname__") else type(function)
+    owner = str(named.__module__)
     what = f"has no parameter {', '.join(lacking)}, only {', '.join(found)}"
     if owner.partition(".")[0] == seam.module.partition(".")[0]:
         raise _drift(seam, host, what)
     raise OprojError(
         "OPROJ008",
-        f"{seam.symbol} of {host} was replaced by {owner}.{function.__qualname__}, which {what}; "
+        f"{seam.symbol} of {host} was replaced by {owner}.{named.__qualname__}, which {what}; "
         "accepted is a wrapper with functools.wraps, which keeps the signature: correct or "
         f"remove that plugin, or unset {TOGGLE}.",
     )

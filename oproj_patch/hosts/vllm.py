@@ -18,20 +18,25 @@ from .. import releases
 from .._version import __version__
 from ..errors import OprojError
 from ..settings import GRID, SKIP_VERSION_CHECK, TOGGLE, Settings
-from ..sharding import grid, metrics, otp_group, topology
+from ..sharding import diagnosis, grid, metrics, otp_group, topology
 from ..sharding import layer as sharded
 from ..sharding.otp_group import Counts, OtpGroup
 from ..sharding.pair import Pair
 from ..sharding.rows import HostPass
 from ..sharding.topology import Grid
-from . import deepseek_v4, refusals
+from . import deepseek_v4, refusals, warm_up
 from .refusals import of
 from .seam import Seam
 
 LINEAR = "vllm.model_executor.layers.linear"
 DEEPSEEK = "vllm.model_executor.models.deepseek_v2"
 LOADERS = "vllm.model_executor.model_loader"
-SAVERS = {"sharded_state_loader": "ShardedStateLoader", "tensorizer_loader": "TensorizerLoader"}
+SAVERS = (
+    ("sharded_state_loader", "ShardedStateLoader.save_model"),
+    ("tensorizer_loader", "TensorizerLoader.save_model"),
+    ("tensorizer", "serialize_vllm_model"),
+)
+SAVES = "refuse files that are named by tensor-parallel rank only"
 
 
 class Vllm(HostPass):
@@ -105,22 +110,23 @@ class Vllm(HostPass):
             Seam("vllm.config", "VllmConfig.compute_hash", config_hashed,
                  "give compiled graphs and memory plans of each setting their own cache key",
                  ("self",)),
-            *(Seam(f"{LOADERS}.{module}", f"{loader}.save_model", refuse_to_save,
-                   "refuse files that are named by tensor-parallel rank only",
-                   ("model",), required=False)
-              for module, loader in SAVERS.items()),
+            *(Seam(f"{LOADERS}.{module}", saver, refuse_to_save, SAVES, required=False)
+              for module, saver in SAVERS),
+            *warm_up.seams(),
             *(() if config is None else deepseek_v4.seams(self, config)),
         )  # fmt: skip
 
     def linear_constructed(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
         """Wrap a linear layer's constructor: an o_proj becomes a sharded layer."""
-        prefix = inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("prefix", "")
+        given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+        prefix, replicated = given.get("prefix", ""), given.get("disable_tp", False)
         owner, owner_prefix = owner_of(instance)
         if not prefix and owner in sharded.OWNERS:
             prefix = f"{owner_prefix}.o_proj"
             kwargs = {**kwargs, "prefix": prefix}
-        nested = isinstance(instance, sharded.ShardedMixin)
-        if nested or not sharded.is_o_proj(prefix, owner) or left_whole(prefix):
+        # Of a layer that asks for no tensor parallelism every rank holds all, by the host's word.
+        other = replicated or isinstance(instance, sharded.ShardedMixin)
+        if other or not sharded.is_o_proj(prefix, owner) or left_whole(prefix):
             wrapped(*args, **kwargs)
             return
         from vllm.distributed import parallel_state
@@ -254,7 +260,7 @@ class Vllm(HostPass):
     def before_first_step(self, group: OtpGroup) -> None:
         from vllm.logger import init_logger
 
-        otp_group.check_layers(group)
+        diagnosis.check_layers(group)
         init_logger("vllm.oproj_patch").info(sharded.summary(group))
         metrics.publish(group)
 

@@ -19,17 +19,19 @@ import torch
 from .. import releases
 from ..errors import OprojError
 from ..settings import TOGGLE
+from ..sharding import diagnosis
 from ..sharding import layer as sharded
-from ..sharding.otp_group import Counts, OtpGroup
-from ..sharding.rows import Quantizer
+from ..sharding.otp_group import CollectiveError, Counts, OtpGroup, require
+from ..sharding.rows import Quantizer, gather
 from . import refusals
 from .seam import Seam
-from .vllm import Vllm, attention_built
+from .vllm import SAVES, Vllm, attention_built, refuse_to_save
 
 TORCHAIR = "vllm_ascend.torchair"
 TORCHAIR_MODEL = "torchair.models.torchair_deepseek_v2"
 SPARSE = "vllm_ascend.models.deepseek_v3_2"
 RUNNER = "worker.model_runner_v1"
+PIECES = "compilation.piecewise_backend"
 
 # Operators that vllm-ascend may put in place of a row-parallel forward and that change nothing
 # without tensor parallelism: they reduce over the tensor-parallel group only.
@@ -53,17 +55,19 @@ ATTENTIONS = (
     (TORCHAIR_MODEL, "TorchairDeepseekV2SFAAttention", "0.11.0", "0.11.0"),
 )
 IMPLEMENTATIONS = (
-    ("attention.mla_v1", "AscendMLAImpl", "0.9.1", ""),
+    ("attention.mla_v1", "AscendMLAImpl", "", ""),  # required whatever the version is called
     ("attention.sfa_v1", "AscendSFAImpl", "0.11.0", ""),
     ("attention.dsa_v1", "AscendDSAImpl", "0.23.0", ""),
     ("torchair.torchair_mla", "AscendMLATorchairImpl", "0.11.0", "0.11.0"),
     ("torchair.torchair_sfa", "AscendSFATorchairImpl", "0.11.0", "0.11.0"),
 )
+BACKENDS = ((PIECES, "NPUPiecewiseBackend", "0.9.1", "0.9.1"),)
 SKIPS = (
     (RUNNER, "NPUModelRunner._skip_all_reduce_across_dp_group", "0.13.0", "0.13.0"),
     (RUNNER, "should_skip_allreduce_across_dp_group", "0.18.0", ""),
     ("ops.fused_moe.token_dispatcher", "should_skip_allreduce_across_dp_group", "0.18.0", ""),
 )
+SAVERS = (("_310p.sharded_state_loader_310p", "ShardedStateLoader310.save_model", "0.18.0", ""),)
 
 
 class VllmAscend(Vllm):
@@ -71,16 +75,23 @@ class VllmAscend(Vllm):
 
     name = "vllm-ascend"
     _npu: Any = None
+    _agreed: Counts | None = None
 
     def seams(self, config: Any) -> tuple[Seam, ...]:
         version, names = self.versions[self.name], refusals.of(config, refusals.ARCHITECTURES)
         sparse = "DeepseekV32ForCausalLM" in (names or ()) and not self.traceable()
+        if releases.in_range(version, "0.9.1", "0.9.1"):
+            from vllm_ascend import ops
+
+            ops.register_dummy_fusion_op()  # as its worker does, or PIECES cannot be imported
         own = []
         for entry in registry(self):
             if entry.module.startswith(TORCHAIR) and not self.traceable():
                 continue  # vllm-ascend imports these modules, and torchair, only in that mode
             if entry.module == SPARSE and not sparse:
                 continue  # importing it replaces DeepSeek's decoder constructor by V3.2's
+            if entry.module.endswith(PIECES) and refusals.graph_mode(config) == "NONE":
+                continue  # nothing is compiled
             if releases.in_range(version, entry.since, entry.until):
                 own.append(entry)
             elif self.untested():  # the user said not to trust the number: what is there is wrapped
@@ -147,7 +158,26 @@ class VllmAscend(Vllm):
         return quantize
 
     def announced(self, group: OtpGroup) -> Counts | None:
-        return None  # where vllm-ascend pads some ranks only, its metadata differs between ranks
+        # Where vllm-ascend pads some ranks only, its metadata differs between ranks.
+        return self._agreed
+
+    def piece_ran(self, wrapped: Any, piece: Any, args: Any, kwargs: Any) -> Any:
+        """Wrap a call of one piece of a compiled model, whose graph 0.9.1 chooses by own rows.
+
+        The ranks agree on their rows before the first piece. Where rows differ, no rank replays.
+        """
+        if piece.is_first_graph:
+            group, rows = require("the model"), args[piece.sym_shape_indices[0]]
+            try:
+                self._agreed = gather((rows,), group)[0]
+            except CollectiveError as error:
+                where = "the beginning of a pass"
+                raise diagnosis.failed(where, str(rows), error, group) from error
+        differ = len(set(self._agreed or ())) > 1
+        output = (piece.compiled_graph_for_general_shape if differ else wrapped)(*args, **kwargs)
+        if piece.is_last_graph:
+            self._agreed = None
+        return output
 
     def shards_drafter(self, config: Any) -> bool:
         """Tell whether a drafter's graphs and passes are alike on all ranks.
@@ -183,9 +213,12 @@ def registry(host: VllmAscend) -> tuple[Seam, ...]:
          "check that this attention got a sharded o_proj", ("prefix",)),
         (IMPLEMENTATIONS, ".forward", attention_ran,
          "let a rank without attention metadata (idle rank, profile run) take part in the step",
-         ("attn_metadata", "output")),
+         ("output",)),
+        (BACKENDS, ".__call__", host.piece_ran,
+         "replay a graph only where all ranks have equal rows", ()),
         (SKIPS, "", lambda *_: False,  # a question whose answer must be no
          "keep vllm-ascend's synchronization of rows and graph mode across ranks", ()),
+        (SAVERS, "", refuse_to_save, SAVES, ()),
     )  # fmt: skip
     return tuple(
         Seam(f"vllm_ascend.{module}", f"{name}{method}", wrapper, why, parameters, since, until)
@@ -195,19 +228,26 @@ def registry(host: VllmAscend) -> tuple[Seam, ...]:
 
 
 def attention_ran(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Wrap an attention implementation's forward: it always runs its o_proj."""
-    result = wrapped(*args, **kwargs)
+    """Wrap an attention implementation's forward: it always runs its o_proj.
+
+    Without attention metadata every release returns before o_proj. With metadata of no token some
+    do (SFA without rotary dimensions, 0.30.0rc2).
+    """
     layer: Any = getattr(instance, "o_proj", None) or getattr(instance, "wo_b", None)
-    given = dict(zip(_names(wrapped.__func__), args, strict=False)) | kwargs
     ours = isinstance(layer, sharded.ShardedMixin)
-    if ours and given["attn_metadata"] is None:
-        output, pair = given["output"], layer.oproj.pair
-        if pair is None:
-            columns = layer.input_size // layer.oproj.group.tp_size
-            layer(output.new_zeros((output.shape[0], columns)))
-        else:
+    if not ours:
+        return wrapped(*args, **kwargs)
+    group = layer.oproj.group
+    before = group.steps
+    result = wrapped(*args, **kwargs)
+    if group.steps == before:
+        output = (dict(zip(_names(wrapped.__func__), args, strict=False)) | kwargs)["output"]
+        if pair := layer.oproj.pair:
             heads = output.new_zeros((output.shape[0], pair.heads, pair.width))
             instance._forward_o_proj(heads, output)
+        else:
+            columns = layer.input_size // group.tp_size
+            layer(output.new_zeros((output.shape[0], columns)))
         # 0.9.1 returns uninitialized memory, whose NaNs would spread in the experts' all-to-all.
         output.zero_()
     return result

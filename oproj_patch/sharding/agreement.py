@@ -9,26 +9,51 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import OprojError
 from ..settings import HANDSHAKE_SECONDS, TOGGLE
+from . import report
+from .report import Record, Records
 
-Record = Mapping[str, str]
-Records = Mapping[int, "Record | None"]
-"""Records by rank; None: not arrived by the deadline."""
+Answer = TypeVar("Answer")
+
 Verdict = Callable[[Records], "OprojError | None"]
 
 HEARD_SECONDS = 5.0
 """How long a rank waits for the others to hear a bad verdict before it ends."""
 
 
+def within(seconds: float, ask: Callable[[], Answer], silent: OprojError) -> Answer:
+    """Return what `ask`, which uses a store, returns, or raise what it raises.
+
+    Raises `silent` when that takes `seconds` and the time to hear a verdict. A thread asks, because
+    a store on a node that is gone blocks its client for ever.
+    """
+    answers: list[Answer] = []
+    errors: list[BaseException] = []
+
+    def thread() -> None:
+        try:
+            answers.append(ask())
+        except BaseException as error:
+            errors.append(error)
+
+    asking = threading.Thread(target=thread, daemon=True)
+    asking.start()
+    asking.join(seconds + 2 * HEARD_SECONDS)
+    if answers:
+        return answers[0]
+    raise errors[0] if errors else silent
+
+
 def agree(
     store: Any, key: str, rank: int, ranks: Sequence[int], record: Record, seconds: float,
     verdict: Verdict, refusal: OprojError | None = None,
-    end_others: Callable[[], None] = lambda: None,
+    end_others: Callable[[], None] = lambda: None, facts: Record | None = None,
 ) -> None:  # fmt: skip
     """Publish `record` under `key`, wait for the records of `ranks`, and settle on one verdict.
 
@@ -38,6 +63,7 @@ def agree(
         because the first rank to judge writes its verdict to the store.
     refusal: why this rank cannot take part; it is the verdict then, and nobody waits.
     end_others: called on the one rank that writes a bad verdict, for ranks that do not read it.
+    facts: what is the same on all ranks, by name, for the report of a failure.
     """
     with store_errors(refusal):
         node = socket.gethostname()
@@ -57,10 +83,11 @@ def agree(
         }
         code, sentence = _write(store, key, verdict(records), end_others)
         if code:
+            report.log(OprojError(code, sentence), rank, records, facts or {})
             # Who has not come by the deadline will not; where a verdict ended the wait, it may.
-            late = time.monotonic() >= deadline
-            heard = [other for other in ranks if not late or records[other] is not None]
-            _hear(store, key, rank, heard, HEARD_SECONDS if late else seconds)
+            left = deadline - time.monotonic()
+            heard = [other for other in ranks if left > 0 or records[other] is not None]
+            _hear(store, key, rank, heard, max(HEARD_SECONDS, left))
             raise OprojError(code, sentence)
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import threading
 
 from ..errors import OprojError
 from ..settings import DEBUG
-from . import agreement, otp_group, rows
+from . import agreement, otp_group, report, rows
 from .otp_group import CollectiveError, OtpGroup
 from .rows import HostPass
 
@@ -22,55 +21,87 @@ def compare_places(name: str, mine: int, group: OtpGroup, host: HostPass) -> Non
     announced = rows.known(mine, group, host) or (-1,) * group.size
     here = (names.index(name), step, mine, *announced)
     layers, steps, counts, *views = rows.gather(here, group, group.settings.handshake_seconds)
+    told = list(zip(*views, strict=True))
+
+    def wrong(sentence: str) -> OprojError:
+        error = OprojError("OPROJ013", sentence)
+        places = {
+            rank: {
+                report.WHERE: f"step {steps[i]} of {names[layers[i]]}",
+                report.ROWS: f"{counts[i]} of announced {list(told[i])}",
+            }
+            for i, rank in enumerate(group.ranks)
+        }
+        report.log(error, group.ranks[group.rank], places, _facts(group))
+        return error
+
     for rank, (layer, their_step) in enumerate(zip(layers, steps, strict=True)):
         if (names[layer], their_step) != (name, step):
-            raise OprojError(
-                "OPROJ013",
+            raise wrong(
                 f"rank {group.ranks[rank]} is at step {their_step} of {names[layer]} while "
                 f"rank {group.ranks[group.rank]} is at step {step} of {name}: the ranks run "
-                "different forward passes; please report model, options and release.",
+                "different forward passes; please report model, options and release."
             )
-    seen = [view for view in zip(*views, strict=True) if -1 not in view]
-    wrong = next((view for view in seen if view != counts), None)
-    if wrong is not None and len(set(seen)) > 1:
-        rank = list(zip(*views, strict=True)).index(wrong)
-        raise OprojError(
-            "OPROJ013",
+    seen = [view for view in told if -1 not in view]
+    other = next((view for view in seen if view != counts), None)
+    if other is not None and len(set(seen)) > 1:
+        raise wrong(
             f"at step {step} of {name} the ranks {group.ranks} have {list(counts)} rows, but the "
-            f"host of rank {group.ranks[rank]} announced {list(wrong)}: its data-parallel "
-            "metadata is wrong; please report model, options and release.",
+            f"host of rank {group.ranks[told.index(other)]} announced {list(other)}: its "
+            "data-parallel metadata is wrong; please report model, options and release."
         )
 
 
-def failed(where: str, error: CollectiveError, group: OtpGroup) -> OprojError:
-    """Return what to raise for a step that failed, naming the ranks that did not come to it."""
-    problem = str(error).splitlines()[0].partition(". ")[0]
-    found: list[OprojError] = []
+def check_layers(group: OtpGroup) -> None:
+    """Compare the sharded layers of the group's ranks, before the first step of any of them.
 
-    def ask() -> None:
-        try:
-            agreement.agree(
-                otp_group.store(), f"{group.store_key}/failed", group.ranks[group.rank],
-                group.ranks, {"where": where}, agreement.HEARD_SECONDS,
-                functools.partial(_absent, problem, group),
-            )  # fmt: skip
-        except OprojError as verdict:
-            found.append(verdict)
+    Raises OprojError when they differ or a rank does not arrive.
+    """
+    try:
+        otp_group.check_layers(group, _facts(group))
+    except CollectiveError as error:
+        raise failed("the comparison of layers before its first step", "", error, group) from error
 
-    # If rank 0's node is gone, the store client blocks for ever; so a thread asks.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(3 * agreement.HEARD_SECONDS)
-    if found:
-        return found[0]
-    return OprojError(
+
+def failed(where: str, counts: str, error: CollectiveError, group: OtpGroup) -> OprojError:
+    """Return what to raise for a step that failed, naming the ranks that did not come to it.
+
+    where: this rank's place; counts: its rows and, where it knows them, those of all ranks.
+    """
+    problem, rank = str(error).splitlines()[0].partition(". ")[0], group.ranks[group.rank]
+    silent = OprojError(
         "OPROJ013",
         f"a step of the ranks {group.ranks} failed ({problem}), and the key-value store on rank 0 "
         "does not answer: look at the node and the log of rank 0 first.",
     )
+    place, facts = {report.WHERE: where, report.ROWS: counts}, _facts(group)
+    ask = functools.partial(
+        agreement.agree, otp_group.store(), f"{group.store_key}/failed", rank, group.ranks, place,
+        agreement.HEARD_SECONDS, functools.partial(_absent, problem, group), facts=facts,
+    )  # fmt: skip
+    found = silent
+    try:
+        agreement.within(agreement.HEARD_SECONDS, ask, silent)
+    except OprojError as verdict:
+        found = verdict
+    if found is silent or found.code == "OPROJ011":  # the store is gone: nobody else has answered
+        report.log(found, rank, {**dict.fromkeys(group.ranks), rank: place}, facts)
+    return found
 
 
-def _absent(problem: str, group: OtpGroup, records: agreement.Records) -> OprojError:
+def _facts(group: OtpGroup) -> dict[str, str]:
+    """Return what is the same on all ranks of the group, by name."""
+    return {
+        **group.facts,
+        "ranks of the group": str(group.ranks),
+        "grid": str(group.grid),
+        "tensor-parallel size": str(group.tp_size),
+        "largest captured row count": str(group.graph_rows),
+        "sharded layers": str(len(group.layers)),
+    }
+
+
+def _absent(problem: str, group: OtpGroup, records: report.Records) -> OprojError:
     """Judge a failed step: the ranks without a record were not in it."""
     timeout = otp_group.timeout_of(group.device_group)
     seconds = group.settings.handshake_seconds

@@ -12,6 +12,7 @@ is one hop, rounds once, and takes unequal rows.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -29,6 +30,9 @@ BUFFER_BYTES = 8 << 20
 
 There are three in each of two lanes. Two or three parts are under way at once, so a part is small.
 """
+
+MOST_VIEWS = 1024
+"""Of the buffers that are kept: a model meets many row counts, and a view costs microseconds."""
 
 
 class Plan(NamedTuple):
@@ -72,6 +76,7 @@ class Pattern(NamedTuple):
     parts: int
 
 
+@functools.lru_cache(maxsize=1024)
 def decide(counts: Counts, plan: Plan) -> Pattern:
     """Decide how a step communicates, from facts that are equal on all ranks of the group.
 
@@ -85,6 +90,13 @@ def decide(counts: Counts, plan: Plan) -> Pattern:
     return Pattern(weight_gather.wins(plan.gather_from, counts), min(parts, max(counts)))
 
 
+def most_rows(plan: Plan, rows: int) -> int:
+    """Return the most rows of one GEMM, where no rank has more than `rows` in a step."""
+    # What `decide` does not cut, and the largest part of what it does.
+    uncut = max(plan.graph_rows, plan.buffer_bytes // plan.row_bytes + 1)
+    return max(rows, plan.size * min(rows, uncut))
+
+
 def run(layer: Any, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
     """Run one step of a sharded o_proj: x [..., K] -> [..., hidden], same dtype.
 
@@ -94,8 +106,9 @@ def run(layer: Any, x: torch.Tensor, positions: torch.Tensor | None = None) -> t
     """
     shard = layer.oproj
     group, plan = shard.group, shard.plan
-    mine = x.reshape(-1, x.shape[-1])
+    mine = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     step = group.steps
+    counts: Counts = ()
     try:
         if group.settings.debug:
             diagnosis.compare_places(shard.name, mine.shape[0], group, shard.host)
@@ -109,8 +122,10 @@ def run(layer: Any, x: torch.Tensor, positions: torch.Tensor | None = None) -> t
             tail = None if positions is None else placed(positions.reshape(-1), x.dtype)
             output = exchange(layer, mine, counts, pattern.parts, tail)
     except CollectiveError as error:
-        raise diagnosis.failed(f"step {step} at {shard.name}", error, group) from error
-    return output.view(*x.shape[:-1], plan.hidden)
+        told = f"{mine.shape[0]} of {list(counts) or 'unknown counts'}"
+        where = f"step {step} at {shard.name}"
+        raise diagnosis.failed(where, told, error, group) from error
+    return output if x.dim() == 2 else output.view(*x.shape[:-1], plan.hidden)
 
 
 def exchange(
@@ -126,7 +141,8 @@ def exchange(
     if parts == 1:
         sent = narrowed(x, shard.quantizer, plan)
         partial = shard.gemm(dispatch(sent, counts, group, plan, tail=tail).wait(), counts)
-        return add_up(combine(partial, counts, group).wait(), plan.outputs)[: x.shape[0]]
+        mine = add_up(combine(partial, counts, group).wait(), plan.outputs)
+        return mine if len(mine) == len(x) else mine[: len(x)]
     # Every rank cuts every rank's rows in the same places.
     cuts = [tuple(count * part // parts for count in counts) for part in range(parts + 1)]
     some = [tuple(e - s for s, e in zip(*ends, strict=True)) for ends in itertools.pairwise(cuts)]
@@ -196,13 +212,15 @@ def dispatch(
     n, mine, given = group.size, counts[group.rank], x.shape[0]
     ways, chunk = n // plan.outputs, plan.chunk
     send = buffer("dispatch send", (ways, plan.outputs, mine, chunk), x, group, lane)
-    columns = chunk - plan.tail
-    rows = x.view(given, ways, 1, columns).permute(1, 2, 0, 3)
-    send[:, :, :given, :columns].copy_(rows)
-    if tail is not None:
-        send[:, :, :given, columns : columns + tail.shape[1]].copy_(tail)
+    own = send
     if given < mine:
+        own = send[:, :, :given]
         send[:, :, given:].zero_()
+    columns = chunk - plan.tail
+    if tail is not None:
+        own[..., columns : columns + tail.shape[1]].copy_(tail)
+        own = own[..., :columns]
+    own.copy_(x.view(given, ways, 1, columns).permute(1, 2, 0, 3))
     received = buffer("dispatch receive", (sum(counts), chunk), x, group, lane)
     flat = send.view(n * mine, chunk)
     work = _all_to_all(received, flat, counts, (mine,) * n, group, lane is not None)
@@ -226,13 +244,14 @@ def add_up(parts: torch.Tensor, outputs: int = 1) -> torch.Tensor:
     outputs: b.
     """
     n, rows, width = parts.shape
-    parts = parts.view(n // outputs, outputs, rows, width).transpose(1, 2)
-    if n == 2 * outputs:
-        total = parts.new_empty(parts.shape[1:])
-        torch.add(parts[0], parts[1], out=total)
-    else:
+    if outputs > 1:
+        parts = parts.view(n // outputs, outputs, rows, width).transpose(1, 2)
+    if n != 2 * outputs:
         total = parts.sum(0)  # torch accumulates 16-bit types in float32
-    return total.view(rows, outputs * width)
+    else:
+        to = parts.new_empty(parts.shape[1:]) if outputs > 1 else None
+        total = torch.add(parts[0], parts[1], out=to)
+    return total.view(rows, outputs * width) if outputs > 1 else total
 
 
 def buffer(
@@ -242,9 +261,15 @@ def buffer(
 
     A graph replays on the same addresses; `reserve` makes it large enough before the first capture.
     """
-    size = math.prod(shape)
-    key = role, like.dtype, lane or 0
-    return group.memory(key, size, like.dtype, like.device)[:size].view(shape)
+    key = role, shape, like.dtype, lane or 0
+    view = group.views.get(key)
+    if view is None:
+        if len(group.views) >= MOST_VIEWS:
+            group.views.clear()
+        size = math.prod(shape)
+        memory = group.memory((role, *key[2:]), size, like.dtype, like.device)
+        view = group.views[key] = memory[:size].view(shape)
+    return view
 
 
 def reserve(group: OtpGroup, like: torch.Tensor) -> None:

@@ -81,14 +81,25 @@ def of_layer(given: Mapping[str, Any], group: OtpGroup) -> tuple[Grid, str]:
 
 
 def check_blocks(layer: Any) -> None:
-    """Refuse a shard that does not hold whole quantization blocks."""
+    """Refuse a shard that does not hold whole quantization blocks.
+
+    Their sizes are what the method, the scheme or the layer tells, and powers of two elsewhere.
+    """
     shard, method = layer.oproj, layer.quant_method
     inner = getattr(method, "quant_method", None)
     scheme, config = getattr(layer, "scheme", None), getattr(method, "quant_config", None)
-    inputs, outputs = blocks(method, inner, scheme, config)
+    inputs, outputs = blocks(method, inner, scheme, config, layer)
     what = f"a block of {type(method).__name__} has"
     if layer.input_size_per_partition % inputs:
         raise _no_whole_blocks(shard, f"{what} {inputs} columns")
+    for name, param in layer.named_parameters(recurse=False):
+        along, columns = getattr(param, "input_dim", None), layer.input_size_per_partition
+        if along is None or "scale" not in name:
+            continue
+        share = param.shape[along]
+        block = columns // share if share and columns % share == 0 else 0
+        if not block or (block & (block - 1) and inputs % block):
+            raise _no_whole_blocks(shard, f"its {name} has {share} elements for them")
     if shard.grid.outputs > 1 and (shard.hidden // shard.grid.outputs) % outputs:
         raise _no_whole_blocks(shard, f"{what} {outputs} outputs")
 

@@ -168,7 +168,8 @@ def construct(
     else:
         args = (*args[:place], outputs, *args[place + 1 :])
     cls: type = type(layer)
-    _warn_of_bypassed(cls)
+    names = (getattr(init, "__module__", ""), parallel_state.__name__)
+    _warn_of_bypassed(cls, tuple(name.partition(".")[0] for name in names))
     layer.__class__ = _sharded_class(cls, _forward)
     name, count = prefix, 1
     while name in group.layers:  # a drafter may name its layers as the model does
@@ -389,17 +390,18 @@ def _sharded_class(cls: type, forward: Callable[..., Any] | None) -> type:
     namespace = {} if forward is None else {"forward": forward}
     for loader in ("weight_loader", "weight_loader_v2"):
         if hasattr(cls, loader):
-            namespace[loader] = _seeing_own_group(getattr(cls, loader))
+            namespace[loader] = _seeing_own_group(cls, loader)
     return subclass(cls, namespace, ShardedMixin)
 
 
-def _seeing_own_group(method: Callable[..., Any]) -> Callable[..., Any]:
+def _seeing_own_group(cls: type, name: str) -> Callable[..., Any]:
     # vLLM <= 0.10 asks for the rank while it loads, not only while it constructs.
-    @functools.wraps(method)
+    @functools.wraps(getattr(cls, name))
     def wrapper(self: Any, param: Any, loaded_weight: Any, *args: Any, **kwargs: Any) -> Any:
         loaded_weight = grid.own_outputs(self, param, loaded_weight)
         with LayerScope(self.oproj.parallel_state, self.oproj.tp):
-            return method(self, param, loaded_weight, *args, **kwargs)
+            # Looked up at each call, because others patch it on the class after the build.
+            return getattr(cls, name)(self, param, loaded_weight, *args, **kwargs)
 
     return wrapper
 
@@ -407,18 +409,20 @@ def _seeing_own_group(method: Callable[..., Any]) -> Callable[..., Any]:
 def _see_own_group_after_loading(layer: Any) -> None:
     """Let post-load processing of the layer's quant method see the layer's own group."""
     method = layer.quant_method
-    if "process_weights_after_loading" in vars(method):  # shared with a layer seen before
+    theirs = vars(method).get("process_weights_after_loading")
+    if hasattr(theirs, "sees_own_group"):  # shared with a layer seen before
         return
 
     @functools.wraps(method.process_weights_after_loading)
     def process_weights_after_loading(module: Any, *args: Any, **kwargs: Any) -> Any:
         # Looked up at each call, because frameworks patch it on the class after the build.
-        process = type(method).process_weights_after_loading
+        process = theirs or functools.partial(type(method).process_weights_after_loading, method)
         if not isinstance(module, ShardedMixin):
-            return process(method, module, *args, **kwargs)
+            return process(module, *args, **kwargs)
         with LayerScope(module.oproj.parallel_state, module.oproj.tp):
-            return process(method, module, *args, **kwargs)
+            return process(module, *args, **kwargs)
 
+    process_weights_after_loading.sees_own_group = True  # type: ignore[attr-defined]
     method.process_weights_after_loading = process_weights_after_loading
 
 
@@ -499,16 +503,29 @@ def _mixes_rows(layer: Any, like: torch.Tensor) -> bool:
     """Tell whether one row changes another row's result in the layer's quant method.
 
     A dynamic scale per tensor does: rows of another rank would then change this rank's result.
+    Raises OprojError for a method that remembers rows, because rows of one owner at a time do not
+    help there.
     """
     if type(layer.quant_method).__name__.startswith("Unquantized"):
         return False
     shard = layer.oproj
     columns = layer.input_size_per_partition
     rows = torch.arange(16 * columns, device=like.device).sin().view(16, columns).to(like.dtype)
-    quiet = shard.apply(rows)[:8].float()
-    rows[8:] *= 1000
-    loud = shard.apply(rows)[:8].float()
-    return bool((loud - quiet).abs().max() > 1e-3 * quiet.abs().max())
+    even, odd = rows.clone(), rows.clone()
+    even[0::2] *= 1000  # a method may look at the first row, the last one, or neighbors
+    odd[1::2] *= 1000
+    quiet, by_even, by_odd, again = (shard.apply(x).float() for x in (rows, even, odd, rows))
+    largest = quiet.abs().max()
+    if (again - quiet).abs().max() > 0.05 * largest:  # far above what the order of a sum changes
+        raise OprojError(
+            "OPROJ015",
+            f"{TOGGLE} is {shard.group.size}, and {type(layer.quant_method).__name__} of "
+            f"{shard.name} gave two results for the same rows: it remembers rows of earlier steps, "
+            "and those of other ranks would change this rank's results; leave o_proj out of that "
+            "quantization, or unset the variable.",
+        )
+    changed = torch.cat([(by_even - quiet)[1::2], (by_odd - quiet)[0::2]])
+    return not bool(changed.abs().max() <= 1e-3 * largest)  # NaN is a change too
 
 
 def _measure(layer: Any) -> None:
@@ -519,7 +536,8 @@ def _measure(layer: Any) -> None:
     if shard.pair is not None:
         cut |= {f"first {name}": ways for name, ways in shard.pair.first.oproj.cut.items()}
     shard.kept = sum(sizes.values())
-    shard.saved = sum(sizes.get(name, 0) * (ways - 1) for name, ways in cut.items())
+    # What a quant method makes of a parameter, under another name, is cut as the weight is.
+    shard.saved = sum(size * (cut.get(name, shard.group.size) - 1) for name, size in sizes.items())
     shard.description = " ".join(
         [type(layer.quant_method).__name__]
         + [f"{name}:{tuple(param.shape)}:{param.dtype}" for name, param in params.items()]
@@ -536,14 +554,17 @@ def _parameters(layer: Any) -> dict[str, torch.Tensor]:
 
 
 @functools.cache
-def _warn_of_bypassed(cls: type) -> None:
-    """Warn once when another plugin wrapped `cls.forward`: a sharded layer does not call it."""
-    for base in cls.__mro__:
-        forward = vars(base).get("forward")
-        if forward is None:
-            continue
-        if hasattr(forward, "__wrapped__") or forward.__module__ != base.__module__:
-            told = "%s.forward was replaced by %s; oproj_patch does not call it for o_proj layers."
-            module = getattr(forward, "__module__", type(forward).__module__)
-            _log.warning(told, base.__qualname__, module)
-        return
+def _warn_of_bypassed(cls: type, hosts: tuple[str, ...]) -> None:
+    """Warn once of another plugin's `forward` of `cls`, because a sharded layer does not call it.
+
+    The plugin has replaced the method, or registered `cls` in place of the host's class.
+    hosts: packages whose classes are the host's own.
+    """
+    base = next(base for base in cls.__mro__ if "forward" in vars(base))
+    forward = vars(base)["forward"]
+    module = getattr(forward, "__module__", type(forward).__module__)
+    ours = base.__module__.partition(".")[0] in hosts
+    if hasattr(forward, "__wrapped__") or module != base.__module__ or not ours:
+        told = "%s.%s.forward%s; oproj_patch does not call it for o_proj layers."
+        by = f" was replaced by {module}" if ours else " is another plugin's"
+        _log.warning(told, base.__module__, base.__qualname__, by)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from ..errors import OprojError
 from ..settings import TOGGLE, Settings
-from . import agreement, topology
+from . import agreement, report, topology
 from .topology import Grid
 
 Counts = tuple[int, ...]
@@ -79,7 +79,9 @@ class OtpGroup:
         drafter's; checked: how many the ranks have compared; complete: no further one is sharded.
     counts: what the ranks agreed on at the first layer of this forward pass.
     steps: steps run so far; gathers: how many of them gathered the weight.
-    buffers: memory that all layers share; outgrown: smaller memory that a graph may hold.
+    facts: what the ranks agreed on at the start, by name.
+    buffers: memory that all layers share; outgrown: smaller memory that a graph may hold; views:
+        of the buffers, by what `exchange.buffer` was asked for.
     """
 
     ranks: list[int]
@@ -100,8 +102,10 @@ class OtpGroup:
     gathers: int = 0
     checked: int = 0
     complete: bool = False
+    facts: Mapping[str, str] = field(default_factory=dict)
     buffers: dict[Any, torch.Tensor] = field(default_factory=dict)
     outgrown: list[torch.Tensor] = field(default_factory=list)
+    views: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.size, self.tp_size = len(self.ranks), len(self.tp_ranks)
@@ -121,6 +125,7 @@ class OtpGroup:
         if kept is None or kept.numel() < size:
             if kept is not None and self.graph_rows:
                 self.outgrown.append(kept)  # a captured graph may still write to it
+            self.views.clear()
             # The model writes to it in and out of inference mode: no inference tensor.
             with torch.inference_mode(False):
                 kept = self.buffers[key] = torch.empty(size, dtype=dtype, device=device)
@@ -164,27 +169,38 @@ def agree_to_start(settings: Settings, equal: Mapping[str, str], refusal: OprojE
     Raises OprojError when a rank refuses, the ranks do not agree, or one gives no answer.
     """
     rank, world = dist.get_rank(), range(dist.get_world_size())
-    # Number this start: one process may serve several engines in turn.
-    with agreement.store_errors(refusal):
-        key = f"oproj_patch/{store().add(f'oproj_patch/starts/{rank}', 1)}"
     record, seconds = {**settings.shared(), **equal}, settings.handshake_seconds
-    agreement.agree(
-        store(), f"{key}/settings", rank, world, record, seconds,
-        functools.partial(agreement.same_settings, record, seconds), refusal, _end_unaware,
-    )  # fmt: skip
-    return key
+
+    def ask() -> str:
+        # Number this start: one process may serve several engines in turn.
+        with agreement.store_errors(refusal):
+            key = f"oproj_patch/{store().add(f'oproj_patch/starts/{rank}', 1)}"
+        agreement.agree(
+            store(), f"{key}/settings", rank, world, record, seconds,
+            functools.partial(agreement.same_settings, record, seconds), refusal, _end_unaware,
+        )  # fmt: skip
+        return key
+
+    silent = OprojError(
+        "OPROJ011",
+        f"rank 0: the key-value store of the process group, which it holds, gave rank {rank} no "
+        f"answer within {seconds + 2 * agreement.HEARD_SECONDS:g} s: look at the node and the log "
+        "of rank 0 first.",
+    )
+    return agreement.within(seconds, ask, refusal or silent)
 
 
 def create(
     dp_groups: Sequence[Sequence[int]], tp_groups: Sequence[Sequence[int]], backend: str,
     settings: Settings, key: str, like: Any = None, graph_rows: int = 0, grid: Grid | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> OtpGroup:  # fmt: skip
     """Create this process's otp group. Every rank of the world calls it at the same point.
 
     dp_groups, tp_groups: global ranks of all of vLLM's groups of that kind.
     backend: torch.distributed backend of the device group; key: from `agree_to_start`.
     like: vLLM's coordinator of this rank's data-parallel group; ours take its timeouts.
-    grid: the group's (default: Nx1, which every group has beside it).
+    grid: the group's (default: Nx1, which every group has beside it); facts: see `OtpGroup`.
     Raises OprojError when a group exists already.
     """
     global _current
@@ -212,6 +228,7 @@ def create(
         tp_ranks=tp_ranks, tp_rank=tp_ranks.index(rank),
         device_group=device_group, cpu_group=cpu_group,
         layer_tp=layer_tp, settings=settings, store_key=f"{key}/{ranks[0]}", graph_rows=graph_rows,
+        facts=facts or {},
     )  # fmt: skip
     return _current
 
@@ -230,12 +247,12 @@ def destroy() -> None:
             dist.destroy_process_group(process_group)
 
 
-def check_layers(group: OtpGroup) -> None:
+def check_layers(group: OtpGroup, facts: Mapping[str, str]) -> None:
     """Compare the sharded layers of the group's ranks, before the first step of any of them.
 
     A digest goes over the group itself, because it notices the end of a peer at once. Only when
-    digests differ do the ranks tell each other their layers.
-    Raises OprojError when they differ or a rank does not arrive.
+    digests differ do the ranks tell each other their layers. facts: as for `agreement.agree`.
+    Raises OprojError when they differ, CollectiveError when a rank does not arrive.
     """
     names = {name: layer.oproj.description for name, layer in group.layers.items()}
     text = json.dumps(names | {"(step)": f"device graphs up to {group.graph_rows} rows"})
@@ -244,16 +261,12 @@ def check_layers(group: OtpGroup) -> None:
     try:
         dist.all_gather(list(digests.unbind()), digest, group=group.cpu_group)
     except RuntimeError as error:
-        raise OprojError(
-            "OPROJ012",
-            f"a rank of the group {group.ranks} ended, or did not reach its first forward pass "
-            f"within the group's timeout ({str(error).splitlines()[0]}): look for its error in "
-            "the logs of these ranks.",
-        ) from error
+        raise CollectiveError(str(error)) from error
     if not torch.equal(digests, digest.expand_as(digests)):
         agreement.agree(
-            store(), f"{group.store_key}/layers", dist.get_rank(), group.ranks, {"layers": text},
-            group.settings.handshake_seconds, agreement.same_layers,
+            store(), f"{group.store_key}/layers", dist.get_rank(), group.ranks,
+            {report.WHERE: "before its first step", report.LAYERS: text},
+            group.settings.handshake_seconds, agreement.same_layers, facts=facts,
         )  # fmt: skip
 
 
@@ -272,10 +285,11 @@ class LayerScope:
     def __enter__(self) -> None:
         state = self.parallel_state
         with _exchanging:
-            if type(state._TP) is not _ByThread:
-                state._TP = _ByThread(state._TP)
-            self.view = state._TP
-            self.view._own.setdefault(threading.get_ident(), []).append(self.layer_tp)
+            view = state._TP
+            if type(view) is not _ByThread:
+                view = state._TP = _ByThread(view)
+            self.view = view
+            view._own.setdefault(threading.get_ident(), []).append(self.layer_tp)
 
     def __exit__(self, *_: object) -> None:
         own, thread = self.view._own, threading.get_ident()

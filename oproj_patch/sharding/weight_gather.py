@@ -56,11 +56,12 @@ def obstacle(layer: Any, group: OtpGroup) -> str:
     held = pieces(layer)
     for name, tensor in held.items():
         kind = type(tensor)
-        if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        plain = kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        if not plain or tensor.layout is not torch.strided or tensor.is_quantized:
             return f"{name} is a {kind.__name__}, which cannot be read plainly"
         if _npu_format(tensor) not in PLAIN_NPU_FORMATS:
             return f"{name} is in a private device format"
-        if _ordered(tensor) is None:
+        if _ordered(tensor.detach()) is None:
             return f"{name} has gaps in memory"
     cut = layer.oproj.saved // (group.size - 1)
     # Quantizing while loading may have made a weight up to 8 times smaller.
@@ -133,7 +134,7 @@ def pieces(layer: Any) -> dict[str, torch.Tensor]:
     if layer.oproj.grid.outputs == 1:
         held.pop("bias", None)
     return {
-        name: tensor.detach()
+        name: tensor
         for name, tensor in held.items()
         if isinstance(tensor, torch.Tensor) and tensor.numel()
     }
@@ -146,7 +147,8 @@ def _gather(layer: Any, group: OtpGroup) -> list[dict[str, torch.Tensor]]:
     device = next(iter(held.values())).device
     buffer = group.memory("weight", buffer_bytes(layer, group), torch.uint8, device)
     start = 0
-    for name, tensor in held.items():
+    for name, own in held.items():
+        tensor = own.detach()
         ordered = _ordered(tensor)
         assert ordered is not None, "`obstacle` looked at it"
         order, flat = ordered

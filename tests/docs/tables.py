@@ -8,13 +8,15 @@ writes each table of these files anew between its markers, `<!-- NAME:begin -->`
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from oproj_patch.releases import ASCEND_RELEASES, VLLM_RELEASES
 from oproj_patch.settings import Settings
+from tests.hosts.wheels import INSTALLED
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
@@ -33,7 +35,7 @@ def seams() -> str:
     host = vllm.Vllm({})
     upstream = (activation.group_seam(), *host.seams(None), *deepseek_v4.seams(host, None))
     own = vllm_ascend.registry(vllm_ascend.VllmAscend({}))
-    ascend = (ascend_option.seam(Settings(size=2)), *own)
+    ascend = (*ascend_option.seams(Settings(size=2)), *own)
     rows: dict[tuple[str, str], dict[tuple[str, str], None]] = {}
     for host, releases, registry in (
         ("vLLM", VLLM_RELEASES, upstream),
@@ -96,7 +98,7 @@ EVIDENCE: Mapping[str, str] = {
     "V4 layers": f"{_ASCEND_LAYER}deepseek_v4_with_a_stand_in_for_npu_transpose_batchmatmul[HOST]",
     "oldest engine": "tests/engines/test_releases.py::test_oldest_engine",
 }
-_ENGINES = {"0.28.0": "oldest engine", VLLM_RELEASES[-1]: "engine, MTP, V4"}
+_ENGINES = {"0.28.0": "oldest engine", INSTALLED: "engine, MTP, V4"}
 # What is run of each vllm-ascend release: models, more with idle ranks, and what torchair traces.
 # 0.9.1 has no sparse attention, the releases after 0.11.0 no torchair.
 _ASCEND_LAYERS: Mapping[str, tuple[str, str, str]] = {
@@ -105,6 +107,9 @@ _ASCEND_LAYERS: Mapping[str, tuple[str, str, str]] = {
     "0.13.0": ("model, sparse", "", ""),
     "0.18.0": ("model, sparse", "", ""),
     "0.23.0": ("model, sparse, grouped query, TP 2, V4 layers", ", proposer", ""),
+    "0.23.0.post1": ("model, sparse", "", ""),
+    "0.26.0rc1": ("model, sparse", "", ""),
+    "0.30.0rc2": ("model, sparse, grouped query, TP 2", ", proposer", ""),
 }
 
 
@@ -183,6 +188,24 @@ def architectures() -> str:
     return _table(head, [(f"`{name}`", *rows[name]) for name in sorted(rows)])
 
 
+def deployments() -> str:
+    """Return the rows that tests declare by `@pytest.mark.deployment(NAME, WHAT WAS RUN)`.
+
+    The sources are read and not imported, because some tests need packages that others do not.
+    """
+    rows = [row for path in sorted(ROOT.glob("tests/*/test_*.py")) for row in _declared(path)]
+    return _table(("deployment", "what was run", "test"), rows)
+
+
+def _declared(path: Path) -> Iterator[tuple[str, str, str]]:
+    for test in ast.parse(path.read_text(encoding="utf-8")).body:
+        for mark in test.decorator_list if isinstance(test, ast.FunctionDef) else ():
+            if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.deployment":
+                name, run = map(ast.literal_eval, mark.args)
+                assert test.name.startswith("test_"), f"{path}: {test.name} is no test"
+                yield name, run, f"`{path.relative_to(ROOT)}::{test.name}`"
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "seams": seams,
     "refusals": refusals,
@@ -190,6 +213,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "graphs": graphs,
     "savings": savings,
     "architectures": architectures,
+    "deployments": deployments,
 }
 
 

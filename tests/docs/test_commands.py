@@ -26,7 +26,7 @@ TOGGLE = settings.TOGGLE
 ELSEWHERE = {
     "pip install .": "tests/docs/test_release.py",
     "pip install tox && tox": ".ci/run",
-    "curl http://localhost:8000/metrics": "tests/engines/test_server.py",
+    "curl http://localhost:8000/metrics": "tests/engines/serving.py",
 }
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
@@ -97,6 +97,7 @@ def test_every_command_is_run_by_a_test() -> None:
     handled = {
         *commands("oproj-patch plan"),
         *commands("oproj-patch doctor"),
+        *commands("python -m oproj_patch doctor"),
         *commands("python -m tests."),
         *commands("pytest tests/"),
         *commands("tox -e "),
@@ -135,7 +136,7 @@ def test_servers_would_be_accepted_and_active(command: str, tiny_model: str) -> 
 
 
 @needs_vllm
-@pytest.mark.parametrize("command", [c for c in commands("oproj-patch doctor") if " -- " not in c])
+@pytest.mark.parametrize("command", [c for c in commands() if c.endswith("patch doctor")])
 def test_doctor_alone_says_off(command: str) -> None:
     done = shell(command)
     assert (done.returncode, done.stderr) == (1, "")

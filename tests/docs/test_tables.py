@@ -14,7 +14,7 @@ from demo.__main__ import PROMPTS, Comparison, render
 from oproj_patch import __version__, settings
 from oproj_patch.errors import CODES
 
-from .tables import DOCUMENTS, EVIDENCE, ROOT, TABLES, evidence, rewritten
+from .tables import DOCUMENTS, EVIDENCE, ROOT, TABLES, deployments, evidence, rewritten
 
 
 def read(name: str) -> str:
@@ -32,6 +32,12 @@ def test_every_table_is_in_a_document() -> None:
     together = "".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
     for name in TABLES:
         assert f"<!-- {name}:begin -->" in together
+
+
+def test_every_deployment_that_is_declared_has_a_row() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py")]
+    declared = sum(len(re.findall(r"mark\.deployment\(", source)) for source in sources)
+    assert declared == len(deployments().splitlines()) - 2 > 0
 
 
 def test_every_cell_of_the_compatibility_table_is_a_test() -> None:

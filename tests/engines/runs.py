@@ -166,15 +166,22 @@ def completions(run: OfflineRun) -> list[Completion]:
 def assert_same_tokens(off: OfflineRun, on: OfflineRun) -> None:
     """Each completion of `on` is token for token the unpatched one of the same prompt.
 
-    Completions of different lengths are compared as far as the shorter goes: they are greedy.
     The layouts may differ; what a rank answers does not depend on the other ranks.
+    """
+    assert_continued(off, completions(on))
+
+
+def assert_continued(off: OfflineRun, on: Sequence[Completion]) -> None:
+    """As `assert_same_tokens`, for completions that come from elsewhere.
+
+    Completions of different lengths are compared as far as the shorter goes: they are greedy.
     """
     longest: dict[str, list[int]] = {}
     for completion in completions(off):
         if len(completion.token_ids) > len(longest.get(completion.prompt, [])):
             longest[completion.prompt] = completion.token_ids
     assert set(longest) == set(PROMPTS)
-    for completion in completions(on):
+    for completion in on:
         expected = longest[completion.prompt]
         count = min(len(completion.token_ids), len(expected))
         assert count >= 1
@@ -211,8 +218,12 @@ def assert_sharded(
     otp: int,
     tp: int = 1,
     grid: str = "",
+    steps: int = 0,
 ) -> None:
-    """Every worker of every rank holds 1/`otp`, says so, and exchanged; grid: or else Nx1."""
+    """Every worker of every rank holds 1/`otp`, says so, and exchanged.
+
+    grid: or else Nx1; steps: of the model that each worker ran at least, or else those of `spread`.
+    """
     assert sorted((w["dp_rank"], w["tp_rank"]) for w in workers) == [
         (d, t) for d in range(dp) for t in range(tp)
     ]
@@ -237,7 +248,8 @@ def assert_sharded(
         assert status["bytes_kept"] == kept
         assert status["bytes_saved"] == kept * (otp - 1)
         # At least one exchange a layer for each token of the longest request.
-        assert status["exchanges"] >= max_tokens(dp, tp) * demo_model.NUM_LAYERS
+        least = steps or max_tokens(dp, tp)
+        assert status["exchanges"] >= least * demo_model.NUM_LAYERS
         assert status["exchanges"] % demo_model.NUM_LAYERS == 0
     assert_info_lines(logs, workers=dp * tp, otp=otp, grid=grid or f"{otp}x1")
 

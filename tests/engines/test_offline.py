@@ -61,6 +61,7 @@ def test_output_cut_compiled(runs: EngineRuns) -> None:
     assert_same_tokens(runs.off(MOE, compiled=True), on)
 
 
+@pytest.mark.deployment("`vllm.LLM`, one program per rank", "DP=2 x TP=2, N=2; idle ranks")
 def test_tensor_parallel(runs: EngineRuns) -> None:
     """TP=2 x DP=2, otp=2: groups [0, 2] and [1, 3]; vLLM's own all-reduce follows ours."""
     on = runs.on(STORY_TELLER, 2, tp=2)

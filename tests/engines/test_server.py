@@ -16,8 +16,8 @@ from demo import model as demo_model
 from demo.engines import Server, serve
 
 from .runs import STORY_TELLER, EngineRuns, assert_sharded, assert_unpatched
+from .serving import assert_gauges
 
-parser = pytest.importorskip("prometheus_client.parser")
 REQUESTS = 64
 
 
@@ -36,6 +36,7 @@ def requests() -> list[Request]:
     ]
 
 
+@pytest.mark.deployment("internal load balancer", "DP=2, N=2; 64 requests at once")
 def test_64_concurrent_requests(runs: EngineRuns, tmp_path: Path) -> None:
     with serve(runs.config(STORY_TELLER, otp=None)) as server:
         off = answer_all(server)
@@ -53,28 +54,6 @@ def test_64_concurrent_requests(runs: EngineRuns, tmp_path: Path) -> None:
     for request, text in zip(requests(), on, strict=True):
         start = story.index(request.prompt) + len(request.prompt)
         assert text == story[start : start + request.max_tokens]
-
-
-def assert_gauges(server: Server) -> None:
-    """The metrics end point shows the four gauges of each worker."""
-    with urllib.request.urlopen(f"{server.base_url}/metrics", timeout=30) as got:
-        page = got.read().decode()
-    shown = {
-        (sample.name, sample.labels["rank"]): sample.value
-        for family in parser.text_string_to_metric_families(page)
-        for sample in family.samples
-        if sample.name.startswith("oproj_patch_") and not sample.name.endswith("_created")
-    }
-    half = demo_model.O_PROJ_BYTES // 2
-    of_each = {
-        "group_size": 2,
-        "layers": demo_model.NUM_LAYERS,
-        "kept_bytes": half,
-        "saved_bytes": half,
-    }
-    assert shown == {
-        (f"oproj_patch_{name}", rank): value for name, value in of_each.items() for rank in "01"
-    }
 
 
 def answer_all(server: Server) -> list[str]:

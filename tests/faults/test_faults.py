@@ -6,7 +6,9 @@ Each row states what the ranks say and within how many seconds of their start al
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
+import logging
 import os
 import re
 import signal
@@ -20,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 
+from oproj_patch.releases import VLLM_RELEASES
 from tests.ranks import launch
 from tests.ranks.layers import build, configuration, model_groups, world
 
@@ -41,8 +44,9 @@ class Row:
     """One fault.
 
     says: by rank, a pattern its error must match; None for a rank that is killed or stuck; ANYHOW
-        for one that must end, and not well.
+        for one that must end, and not well; "" for one that must finish.
     within: seconds from the creation of groups on a rank to its end, SLACK not counted.
+    blocks: on how many ranks of this node the log has the block for a report; None: not said.
     """
 
     says: Sequence[str | None]
@@ -52,6 +56,7 @@ class Row:
     env: dict[str, str] = field(default_factory=dict)
     rank_env: Sequence[dict[str, str]] = ()
     timeout: int = 0
+    blocks: int | None = 1
 
 
 UNSET = (
@@ -74,10 +79,22 @@ ORDER = (
 )
 WRONG = r"OPROJ013: at step 2 of .* have \[3, 3\] rows, but the host of rank 1 announced \[4, 3\]"
 ROWS = r"OPROJ014: o_proj got 5 rows on rank 1 at .*, but .* says \[3, 3\]"
+AT = r"step 2 at model\.layers\.0\.self_attn\.o_proj"
 ABSENT = (
-    r"OPROJ013: rank 1 did not arrive within %s s, or has ended \(rank 0 was at step 2 at "
-    r"model\.layers\.0\.self_attn\.o_proj: .*\): look for the error in the log of that rank"
+    rf"OPROJ013: rank 1 did not arrive within %s s, or has ended \(rank 0 was at {AT}: .*\): "
+    r"look for the error in the log of that rank"
 )
+ABSENT_FIRST = ABSENT.replace(AT, "the comparison of layers before its first step")
+ABSENT_0 = ABSENT.replace("rank 1", "rank one").replace("rank 0", "rank 1").replace("one", "0")
+ABORTED = (
+    rf"OPROJ013: a step of the ranks \[0, 1\] failed on all of them \(rank 0 was at {AT}; rank 1 "
+    rf"was at {AT}: .*\): the ranks ran different forward passes, or the network failed"
+)
+SILENT = (
+    r"OPROJ011: rank 0: the key-value store .* gave rank 1 no answer within "
+    rf"{SECONDS + 10} s: look at the node and the log of rank 0"
+)
+NO_MEMORY = r"DefaultCPUAllocator: can't allocate memory|not enough memory"
 ABSENT_OF_4 = r"OPROJ013: rank 1 did not arrive within 1800 s, or has ended \(rank 0 was at .*3 was"
 NO_STORE = (
     r"OPROJ013: a step of the ranks \[0, 1\] failed \(.*[Tt]imed out.*\), and the "
@@ -91,7 +108,8 @@ def cannot(code: str, rank: int, world: int, sentence: str) -> list[str]:
     return [f"{code}: {sentence}" if other == rank else others for other in range(world)]
 
 
-NOT_TESTED = cannot("OPROJ009", 1, 2, "requested vllm 0.9.1 to 0.32.0, found 0.99.0")
+TESTED = f"vllm {VLLM_RELEASES[0]} to {VLLM_RELEASES[-1]}"
+NOT_TESTED = cannot("OPROJ009", 1, 2, f"requested {TESTED}, found 0.99.0")
 NO_SYMBOL = cannot("OPROJ008", 1, 2, r"vllm\.\S+DeepseekV2Attention.__init__ of .* cannot be found")
 NOT_A_DIVISOR = cannot("OPROJ003", 2, 4, f"{TOGGLE} is 3; accepted are")
 NO_SIZE = cannot("OPROJ001", 2, 4, f"{TOGGLE} is 'two'; accepted are")
@@ -105,15 +123,19 @@ TABLE = {
         [UNSET % 3, UNSET % 3, UNSET % 3, UNAWARE], SECONDS + 2, rank_env=[ON, ON, ON, {}]
     ),
     "another size": Row([SIZES] * 4, 5, rank_env=[ON, ON, {TOGGLE: "4"}, ON]),
-    "a size that one rank refuses": Row(NOT_A_DIVISOR, 5, rank_env=[ON, ON, {TOGGLE: "3"}, ON]),
-    "a size that is no number on one rank": Row(NO_SIZE, 5, rank_env=[ON, ON, {TOGGLE: "two"}, ON]),
+    "a size that one rank refuses": Row(
+        NOT_A_DIVISOR, 5, rank_env=[ON, ON, {TOGGLE: "3"}, ON], blocks=0
+    ),
+    "a size that is no number on one rank": Row(
+        NO_SIZE, 5, rank_env=[ON, ON, {TOGGLE: "two"}, ON], blocks=0
+    ),
     "no number on one rank, missing on another": Row(
-        [*NO_SIZE[:3], UNAWARE], SECONDS + 2, rank_env=[ON, ON, {TOGGLE: "two"}, {}]
+        [*NO_SIZE[:3], UNAWARE], SECONDS + 2, rank_env=[ON, ON, {TOGGLE: "two"}, {}], blocks=0
     ),
     "another version of the package": Row([VERSION % "oproj_patch"] * 2, 5, "package"),
     "another version of vLLM": Row([VERSION % "vllm"] * 2, 5, "host"),
-    "an untested release on one rank": Row(NOT_TESTED, 5, "untested"),
-    "a patched symbol is missing on one rank": Row(NO_SYMBOL, 5, "symbol"),
+    "an untested release on one rank": Row(NOT_TESTED, 5, "untested", blocks=0),
+    "a patched symbol is missing on one rank": Row(NO_SYMBOL, 5, "symbol", blocks=0),
     "other graph sizes on one rank": Row([GRAPHS] * 2, 5, "graphs"),
     "other layers on one rank": Row([LAYERS] * 2, 5, "layers"),
     "layers in another order, debug": Row(
@@ -121,11 +143,13 @@ TABLE = {
     ),
     "row counts announced wrongly, debug": Row([WRONG] * 2, 5, "announced", env=DEBUG),
     # Without the debug mode gloo notices a longer message, and aborts.
-    "row counts announced wrongly": Row([ANYHOW, ANYHOW], 10, "announced", timeout=SECONDS),
+    "row counts announced wrongly": Row(
+        [ANYHOW, ANYHOW], 10, "announced", timeout=SECONDS, blocks=None
+    ),
     "more rows than announced": Row([ABSENT % 1800, ROWS], 10, "rows"),
     "a rank is killed before the agreement": Row([UNSET % 1, None], SECONDS + 2, "kill before"),
     "the rank with the store is killed before the agreement": Row(
-        [None, STORE_GONE], 5, "kill before", odd=0
+        [None, STORE_GONE], 5, "kill before", odd=0, blocks=0
     ),
     "a rank is killed between two steps": Row([ABSENT % 1800, None], 10, "kill between"),
     "a rank is killed during a step": Row([ABSENT % 1800, None], 10, "kill during"),
@@ -133,7 +157,7 @@ TABLE = {
         [ABSENT_OF_4, None, ABSENT_OF_4, ABSENT_OF_4], 10, "kill during", env={TOGGLE: "4"}
     ),
     "the rank with the store is killed during a step": Row(
-        [None, STORE_GONE], 5, "kill during", odd=0
+        [None, STORE_GONE], 5, "kill during", odd=0, blocks=None
     ),
     "a rank is killed during a step, debug": Row(
         [ABSENT % SECONDS, None], 10, "kill during", env=DEBUG
@@ -143,6 +167,23 @@ TABLE = {
     "the rank with the store is stopped": Row(
         [None, NO_STORE], SECONDS + 17, "stop", odd=0, timeout=SECONDS
     ),
+    "the rank with the store is stopped before the agreement": Row(
+        [None, SILENT], SECONDS + 10, "stop before", odd=0, blocks=0
+    ),
+    "a rank comes late, but in time": Row(["", ""], SECONDS, "late", blocks=0),
+    "a rank comes too late": Row([UNSET % 1, f"{STORE_GONE}|{UNSET % 1}"], SECONDS + 8, "too late"),
+    "names are resolved slowly on one rank": Row(["", ""], 5, "names", blocks=0),
+    "the clock is slow on one rank, the variable missing on another": Row(
+        [UNSET % 3, UNSET % 3, UNSET % 3, UNAWARE], SECONDS + 7, "clock", rank_env=[ON, ON, ON, {}]
+    ),
+    "a rank is killed before its group's first collective": Row(
+        [ABSENT_FIRST % 1800, None, "", ""], 10, "kill first", env=ON
+    ),
+    "the interpreter of the rank with the store is blocked": Row(
+        [None, ABSENT_0 % SECONDS], SECONDS + 10, "blocked", odd=0, timeout=SECONDS
+    ),
+    "the backend aborts the group of one rank": Row([ABORTED] * 2, 10, "abort"),
+    "no memory for the GEMM of one rank": Row([ABSENT % 1800, NO_MEMORY], 10, "memory"),
 }
 
 
@@ -162,9 +203,13 @@ def ended(row: Row) -> list[launch.Outcome]:
 
 @pytest.mark.parametrize("name", TABLE)
 def test_fault(name: str) -> None:
-    row = TABLE[name]
-    seconds = [0.0]
-    for outcome, said in zip(ended(row), row.says, strict=True):
+    print(f"{name}: {judged(TABLE[name], ended(TABLE[name])):.1f} s")
+
+
+def judged(row: Row, outcomes: Sequence[launch.Outcome]) -> float:
+    """Return the seconds of the last rank; raises AssertionError for another end than the row's."""
+    seconds, blocks = [0.0], list[str]()
+    for outcome, said in zip(outcomes, row.says, strict=True):
         if said is None:
             continue
         if said == ANYHOW:
@@ -175,10 +220,37 @@ def test_fault(name: str) -> None:
         assert outcome.error == "", f"rank {outcome.rank}: {outcome.error}\n{outcome.log[-3000:]}"
         result: dict[str, Any] = outcome.result
         print(f"rank {outcome.rank}: {result['text']}")
-        assert re.search(said, result["text"]), (outcome.rank, result["text"])
+        assert re.search(said or "^$", result["text"]), (outcome.rank, result["text"])
         seconds.append(result["seconds"])
-    print(f"{name}: {max(seconds):.1f} s")
+        blocks += result["blocks"]
     assert max(seconds) < row.within + SLACK
+    if row.blocks is not None:
+        assert len(blocks) == row.blocks, blocks
+    for block in blocks:
+        places = re.findall(r"^  rank \d(?: \(.*\))?: (.*)$", block, re.M)
+        assert len(places) > 1 and {*places} != {"no answer"}, block
+        for named in ("torch_fr_buffer_size", "the version of vllm 0.", TOGGLE.lower(), "grid"):
+            assert named in block.lower(), (named, block)
+    return max(seconds)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_each_row_can_fail(name: str) -> None:
+    """All ranks finish; or all end with another error; or all end as the row says, but late."""
+    row = TABLE[name]
+
+    def all_end(text: str, seconds: float) -> list[launch.Outcome]:
+        result = {"text": text, "seconds": seconds, "blocks": []}
+        return [launch.Outcome(rank, result, seconds=seconds) for rank in range(len(row.says))]
+
+    wrong = [all_end("", 10 + row.within + SLACK)]
+    if any(row.says):
+        wrong.append(all_end("", 1))
+    if ANYHOW not in row.says:
+        wrong.append(all_end("another error", 1))
+    for outcomes in wrong:
+        with pytest.raises(AssertionError):
+            judged(row, outcomes)
 
 
 def test_every_fault_is_in_the_document() -> None:
@@ -218,7 +290,8 @@ def play(dp: int, fault: str = "", odd: int = 1, timeout: int = 0) -> dict[str, 
     mine = int(os.environ["RANK"]) == odd
     if mine and fault:
         _before_groups(fault)
-    started = time.monotonic()
+    clock, blocks = time.perf_counter, _Blocks()
+    started = clock()
     try:
         _open.enter_context(world())
         config = _open.enter_context(model_groups(dp, config=_config(timeout, fault, mine)))
@@ -229,9 +302,23 @@ def play(dp: int, fault: str = "", odd: int = 1, timeout: int = 0) -> dict[str, 
         return {
             "kind": type(error).__name__,
             "text": str(error),
-            "seconds": time.monotonic() - started,
+            "seconds": clock() - started,
+            "blocks": blocks.told,
         }
-    return {"kind": "", "text": "", "seconds": time.monotonic() - started, "exchanges": exchanges}
+    told = {"kind": "", "text": "", "seconds": clock() - started, "exchanges": exchanges}
+    return told | {"blocks": blocks.told}
+
+
+class _Blocks(logging.Handler):
+    """What the package logs for a report."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.told: list[str] = []
+        logging.getLogger("vllm.oproj_patch").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.told.append(record.getMessage())
 
 
 def _config(timeout: int, fault: str, mine: bool) -> Any:
@@ -265,10 +352,22 @@ def _before_groups(fault: str) -> None:
         from vllm.model_executor.models import deepseek_v2
 
         del deepseek_v2.DeepseekV2Attention
-    elif fault == "kill before":
+    elif fault == "names":
+        for name in ("getaddrinfo", "gethostbyname", "gethostbyaddr", "getnameinfo", "getfqdn"):
+            setattr(socket, name, lambda *_, **__: time.sleep(60))
+    elif fault == "clock":
+        real, began = time.monotonic, time.monotonic()
+        time.monotonic = lambda: began + (real() - began) / 10  # type: ignore[assignment]
+    elif fault in _BEFORE:
         from oproj_patch.sharding import otp_group
 
-        otp_group.agree_to_start = _kill  # type: ignore[assignment]
+        agree, first = otp_group.agree_to_start, _BEFORE[fault]
+
+        def after(*args: Any) -> str:
+            first()
+            return agree(*args)
+
+        otp_group.agree_to_start = after
 
 
 def _forwards(dp: int, fault: str, config: Any) -> int:
@@ -287,6 +386,11 @@ def _forwards(dp: int, fault: str, config: Any) -> int:
     for step in range(2):
         if step == 1:
             _between_steps(fault)
+        elif fault == "kill first":
+            _kill()
+        if fault == "memory" and step == 1:
+            for layer in layers:
+                layer.quant_method.apply = lambda *_: torch.empty(1 << 50)
         rows = 5 if fault == "rows" and step == 1 else 3
         with _announced(dp, fault if step == 1 else "", config), torch.inference_mode():
             for layer in reversed(layers) if fault == "order" and step == 1 else layers:
@@ -304,7 +408,11 @@ def _between_steps(fault: str) -> None:
     elif fault == "stuck":
         time.sleep(300)
     elif fault == "stop":
-        os.kill(os.getpid(), signal.SIGSTOP)
+        _stop()
+    elif fault == "blocked":
+        ctypes.PyDLL(None).sleep(300)  # a C call that keeps the interpreter's lock
+    elif fault == "abort":
+        _abort()
 
 
 @contextlib.contextmanager
@@ -319,8 +427,32 @@ def _announced(dp: int, fault: str, config: Any) -> Iterator[None]:
         yield
 
 
-def _kill(*_: Any, **__: Any) -> None:
+def _kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+_BEFORE = {
+    "kill before": _kill,
+    "stop before": _stop,
+    "late": lambda: time.sleep(SECONDS - 2),
+    "too late": lambda: time.sleep(SECONDS + 3),
+}
+"""What happens on the odd rank before it agrees on the start."""
+
+
+def _abort() -> None:
+    """Cut all connections but those to the store: gloo's own abort() does nothing."""
+    store = int(os.environ["MASTER_PORT"])
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as end:
+            if end.family in (socket.AF_INET, socket.AF_INET6):
+                ports = end.getsockname()[1], end.getpeername()[1]
+                if store not in ports:
+                    end.shutdown(socket.SHUT_RDWR)
 
 
 def audited() -> None:

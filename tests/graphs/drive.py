@@ -71,6 +71,15 @@ MODEL: dict[str, Any] = {
     "attention_bias": False,
 }
 
+# Of another architecture, where the host captures no graph of a DeepSeek model.
+QWEN: dict[str, Any] = {
+    **{name: value for name, value in MODEL.items() if name != "kv_lora_rank"},
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "head_dim": COLUMNS // 4,
+    "num_experts": 8,
+}
+
 START_SECONDS = 240.0
 STEP_SECONDS = 20.0
 TOLERANCE = 5e-6
@@ -238,10 +247,11 @@ def model_directory() -> str:
     """A directory with the small model's configuration, whose architecture is registered."""
     from vllm.model_executor.models.registry import ModelRegistry
 
+    told = QWEN if host.is_ascend() and host.of_first_graphs() else MODEL
     # In place of the architecture that the configuration names, which vLLM would import.
-    ModelRegistry.register_model(MODEL["architectures"][0], model_class())
+    ModelRegistry.register_model(told["architectures"][0], model_class())
     directory = Path(tempfile.mkdtemp(prefix="graphs-"))
-    (directory / "config.json").write_text(json.dumps(MODEL))
+    (directory / "config.json").write_text(json.dumps(told))
     return str(directory)
 
 

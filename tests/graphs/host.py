@@ -24,6 +24,11 @@ def is_ascend() -> bool:
     return type(current_platform).__module__.startswith("vllm_ascend")
 
 
+def of_first_graphs() -> bool:
+    """Whether this vllm-ascend has a piecewise backend of its own, as only 0.9.1 has."""
+    return importlib.util.find_spec("vllm_ascend.compilation.piecewise_backend") is not None
+
+
 def answer_for_npu(undo: emulator.Patches) -> None:
     """Answer what vllm-ascend asks of the device: memory in use, the chip, weak references."""
     import torch_npu
@@ -50,10 +55,16 @@ def on_cpu() -> Iterator[None]:
 
         return created
 
+    to = torch.Tensor.to
+
+    def moved(tensor: torch.Tensor, *args: Any, **given: Any) -> torch.Tensor:
+        return tensor if args == ("npu",) else to(tensor, *args, **given)
+
     with emulator.Patches() as undo:
         for name in ("zeros", "empty", "ones", "full", "arange", "tensor"):
             undo.put(torch, name, ordinary(getattr(torch, name)))
         undo.put(torch.Tensor, "pin_memory", lambda self, *_: self)
+        undo.put(torch.Tensor, "to", moved)
         yield
 
 

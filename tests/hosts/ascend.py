@@ -13,7 +13,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -148,10 +148,15 @@ def stand_in() -> None:
 
 def import_worker() -> None:
     """The first import of vllm-ascend in a worker process; the order matters from 0.23."""
-    try:
-        importlib.import_module("vllm_ascend.worker.worker_v1")
-    except ModuleNotFoundError:
-        importlib.import_module("vllm_ascend.worker.worker")
+    first_of(["vllm_ascend.worker.worker_v1", "vllm_ascend.worker.worker"])
+
+
+def first_of(names: Iterable[str]) -> Any:
+    """Import the first of these modules that the release has."""
+    for name in names:
+        with contextlib.suppress(ModuleNotFoundError):
+            return importlib.import_module(name)
+    raise ModuleNotFoundError(f"none of {names}")
 
 
 def configured(model: str, dp: int, tp: int = 1, dtype: str = "float32", **engine: Any) -> Any:

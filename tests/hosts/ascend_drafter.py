@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,7 +51,12 @@ def proposer_of(config: Any, model: Any) -> Any:
         "draft_model_config": config.speculative_config.draft_model_config,
         "num_speculative_tokens": config.speculative_config.num_speculative_tokens,
         "runner": SimpleNamespace(
-            _sync_metadata_across_dp=synchronised, attn_groups=[], max_num_reqs=4
+            _sync_metadata_across_dp=synchronised,
+            attn_groups=[],
+            max_num_reqs=4,
+            synchronize_input_prep=contextlib.nullcontext,
+            input_batch=SimpleNamespace(sampling_metadata=None),
+            dynamic_eplb=False,
         ),
         "device": torch.device("cpu"),
         "input_ids": torch.zeros(16, dtype=torch.int64),
@@ -66,6 +72,7 @@ def proposer_of(config: Any, model: Any) -> Any:
         "_runnable": proposer._run_merged_draft,
     }
     names = ("use_cuda_graph", "uses_mrope", "supports_mm_inputs", "parallel_drafting",
-             "is_multimodal_model", "enable_shared_expert_dp", "_share_mtp_indices")  # fmt: skip
+             "is_multimodal_model", "enable_shared_expert_dp", "_share_mtp_indices",
+             "_enable_probabilistic_draft_probs", "dynamic_spec", "use_compress")  # fmt: skip
     vars(proposer).update(given, **dict.fromkeys(names, False))
     return proposer

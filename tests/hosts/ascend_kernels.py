@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from types import SimpleNamespace
+import sys
+from importlib import metadata
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 
+from oproj_patch.releases import in_range
 from tests.ranks.layers import whole
 
 
@@ -34,6 +37,17 @@ def kernels() -> None:
         gate, up = x.chunk(2, dim)
         return torch.nn.functional.silu(gate) * up
 
+    def npu_add_rms_norm_bias(
+        x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, _: Any, epsilon: float
+    ) -> Any:
+        return npu_add_rms_norm(x, residual, weight, epsilon)
+
+    if in_range(metadata.version("vllm-ascend"), "0.27"):  # asks for its library, then its op
+        from vllm_ascend import utils
+
+        utils._CUSTOM_OP_ENABLED = False
+        sys.modules["vllm_ascend.vllm_ascend_C"] = ModuleType("vllm_ascend_C")
+        torch.ops._C_ascend.npu_add_rms_norm_bias = npu_add_rms_norm_bias
     torch_npu.npu_rms_norm = npu_rms_norm
     torch_npu.npu_add_rms_norm = npu_add_rms_norm
     torch_npu.npu_swiglu = npu_swiglu
@@ -160,6 +174,12 @@ class SparseAttention:
             impl.apply_attention_fusion = self.fused
             return
         impl.enable_mlapo = False  # one fused kernel for all that follows
+        if hasattr(impl, "_compose_sfa_kv_cache"):  # from 0.26 on, of two layers' caches
+            impl._compose_sfa_kv_cache = lambda cache: cache
+        if hasattr(impl, "_get_indexer_attn_metadata"):  # from 0.30 on
+            impl._get_indexer_attn_metadata = lambda: "some"
+            impl.indexer = lambda *_, **__: None
+            impl.use_index_cache = False
         impl.indexer_select_pre_process = lambda **_: (torch.zeros(1, 4), torch.zeros(1, 4))
         impl.indexer_select_post_process = lambda **_: None
         impl.exec_kv = lambda *_: (None, None)

@@ -15,7 +15,7 @@ collect_ignore_glob = [] if find_spec("torch") else ["test_*.py"]
 SECONDS = "seconds_beside"
 """Property of one of a host's tests: seconds of what ran for that host beside its tests."""
 
-_HOST = re.compile(r"\[(?:.*-)?((?:vllm|ascend)-[\d.]*\d)")
+_HOST = re.compile(r"\[(?:.*-)?((?:vllm|ascend)-[\w.]+)")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,8 +7,6 @@ arithmetic kernels say so.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import time
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from oproj_patch.releases import ASCEND_RELEASES
+from oproj_patch.releases import ASCEND_RELEASES, in_range
 from tests.ranks import launch, v4
 from tests.ranks.layers import on_grid, whole
 
@@ -31,7 +29,8 @@ from .wheels import Host
 
 RELEASES = [Host("ascend", release) for release in ASCEND_RELEASES]
 NEWEST = RELEASES[-1]
-SPARSE = [host for host in RELEASES if host.version in ("0.13.0", "0.18.0", "0.23.0")]
+MORE = Host("ascend", "0.23.0"), NEWEST  # the newest that is no candidate, and the newest
+SPARSE = [host for host in RELEASES if in_range(host.version, "0.13.0")]
 MODELS = {
     "deepseek": ascend.DEEPSEEK,
     "sparse": {**ascend.DEEPSEEK, **ascend.SPARSE},
@@ -185,10 +184,9 @@ def test_w4a8_with_a_stand_in_for_npu_weight_quant_batchmatmul(here: Here) -> No
 
 
 def _quant_config(description: dict[str, Any]) -> Any:
-    try:
-        from vllm_ascend.quantization.modelslim_config import AscendModelSlimConfig as config
-    except ImportError:
-        from vllm_ascend.quantization.quant_config import AscendQuantConfig as config
+    modules = ("configs.modelslim_config", "modelslim_config", "quant_config")
+    found = ascend.first_of(f"vllm_ascend.quantization.{name}" for name in modules)
+    config = getattr(found, "AscendModelSlimConfig", None) or found.AscendQuantConfig
     made = config(description)
     # As vLLM's loader does from the model's class.
     made.packed_modules_mapping = {}
@@ -329,18 +327,14 @@ def test_layers_are_refused_by_name_with_a_remedy(here: Here) -> None:
     layer.input_size_per_partition = 40
     told(f"leaves 40 input columns of {name} on a rank", grid.check_blocks, "OPROJ006")
     layer.input_size_per_partition = 128
-    module = next(
-        name
-        for name in ("methods.w4a4_flatquant", "w4a4_flatquant_dynamic")
-        if importlib.util.find_spec(f"vllm_ascend.quantization.{name.split('.')[0]}")
-    )
-    flat = importlib.import_module(f"vllm_ascend.quantization.{module}")
+    modules = ("methods.w4a4.w4a4_flatquant", "methods.w4a4_flatquant", "w4a4_flatquant_dynamic")
+    flat = ascend.first_of(f"vllm_ascend.quantization.{name}" for name in modules)
     kind = flat.AscendW4A4FlatQuantDynamicLinearMethod
     layer.quant_method.quant_method = kind.__new__(kind)
     told("AscendW4A4FlatQuantDynamicLinearMethod, whose transforms")
 
 
-@part(NEWEST)
+@part(*MORE)
 def test_proposer_drafts_as_often_on_an_idle_rank(here: Here) -> None:
     """The real MTP model under vllm-ascend's own loop over three drafted tokens.
 
@@ -429,6 +423,41 @@ def test_sparse_attention_with_idle_ranks_and_profile_run(here: Here) -> None:
 
 
 @part(NEWEST)
+def test_attention_whose_metadata_have_no_token(here: Here) -> None:
+    """Without rotary dimensions SFA returns before o_proj then; the other rank has rows."""
+    from vllm.config import set_current_vllm_config
+
+    import oproj_patch
+
+    option = ascend.option(here.host.version)
+    config = ascend.configured(here.models["sparse"], 2, additional_config=option)
+    with set_current_vllm_config(config):
+        built = ascend.build(config)
+        attentions = [module for module in built.modules() if hasattr(module, "impl")]
+        for module in attentions:
+            kernels_stood_in(module)
+        mine = config.parallel_config.data_parallel_rank
+        told = ascend.metadata((1, 3)[mine])
+        if mine == 0:
+            told.num_actual_tokens = 0
+            for module in attentions:
+                module.impl.qk_rope_head_dim = 0
+        tokens = torch.arange((1, 3)[mine])
+        layers = {module.layer_name: told for module in attentions}
+        before = oproj_patch.status().exchanges
+        with torch.inference_mode(), forward_context(config, len(tokens), layers):
+            output = built(tokens, tokens, None)
+        assert oproj_patch.status().exchanges - before == len(attentions) == 2
+        if mine == 1:
+            weights = dict(ascend.checkpoint(config.model_config.hf_config))
+            for index, layer in enumerate(built.model.layers):
+                name = f"model.layers.{index}.self_attn.o_proj"
+                ascend.unsharded(layer.self_attn.o_proj, weights[f"{name}.weight"])
+            expected = ascend.forward(built, config, 3, idle=False)
+            assert float((output - expected).abs().max()) <= 5e-6 * float(expected.abs().max())
+
+
+@part(*MORE)
 def test_grouped_query_attention(here: Here) -> None:
     """Qwen3-MoE, whose o_proj is called by the model and not by the attention."""
     _another(here, "qwen", "AscendAttentionBackendImpl")
@@ -469,7 +498,7 @@ def sparse_of_its_own(model: str) -> None:
         check_steps(config, built, "AscendSFAImpl", PLAN)
 
 
-@pytest.mark.parametrize("host", [NEWEST], indirect=True, ids=str)
+@pytest.mark.parametrize("host", MORE, indirect=True, ids=str)
 def test_two_tensor_parallel_ranks_and_quant_bias_once(host: Host, tmp_path: Path) -> None:
     """Four ranks: each weight is split four ways, and the static method adds its bias once.
 

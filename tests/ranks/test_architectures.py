@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.architectures import CONSTRUCTED, READ, REFUSED
+from oproj_patch.errors import OprojError
+from oproj_patch.hosts import architectures as architectures_known
+from tests.docs.architectures import CONSTRUCTED, NEWER, READ, REFUSED, rows
 from tests.ranks import architectures
 from tests.ranks.launch import RankFailed, World
 from tests.ranks.registry import Source
@@ -27,14 +29,23 @@ SAMPLE = (
 
 @pytest.mark.long
 def test_every_architecture_has_one_row() -> None:
+    """`tests/hosts/test_architectures.py` does the same with the newest release."""
     spec = importlib.util.find_spec("vllm")
     assert spec is not None and spec.origin is not None
     found = Source(Path(spec.origin).parent).expert_architectures()
-    rows = [
-        *CONSTRUCTED,
-        *(name for group in (READ, REFUSED) for row in group.values() for name in row),
-    ]
-    assert sorted(rows) == sorted(found)
+    assert sorted(set(rows()) - {*READ[NEWER]}) == sorted(found)
+
+
+def test_the_package_knows_the_table() -> None:
+    """By name, as it tells the user; the other refused ones have a rule."""
+    sharded = {*CONSTRUCTED, *(name for names in READ.values() for name in names)}
+    assert sharded == architectures_known.SHARDED
+    [without_cache] = [names for why, names in REFUSED.items() if "OPROJ007" in why]
+    assert {*without_cache} == architectures_known.NO_CACHE
+    for name in without_cache:
+        with pytest.raises(OprojError, match=f"^OPROJ007: .* attention of {name} has no KV cache"):
+            architectures_known.told([name])
+    assert architectures_known.told(["NewForCausalLM"])[0] is False
 
 
 @pytest.mark.parametrize("architecture", SAMPLE)

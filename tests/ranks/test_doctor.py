@@ -98,7 +98,8 @@ def test_active(model: str) -> None:
     code, report = doctor("--", f"{TOGGLE}=2", *serve(model, "--data-parallel-size", "4"))
     assert (code, report["activates"], report["size"]) == (0, True, 2)
     assert {f["state"] for f in report["findings"]} <= {"ok", "note"}
-    assert states(report, "refusals") == [("ok", None)]
+    assert states(report, "refusals") == states(report, "model") == [("ok", None)]
+    assert text(report, "model").endswith("the o_proj of every softmax attention is sharded.")
     assert len(states(report, "seam")) >= 5
     assert report["versions"]["oproj_patch"] == __version__
     assert "data-parallel size 4" in text(report, "command")

@@ -388,14 +388,19 @@ def test_other_layers_untouched(world: World, prefix: str) -> None:
     world.run(untouched, prefix)
 
 
-def untouched(prefix: str) -> None:
+@two_ranks
+def test_a_layer_that_asks_for_no_tensor_parallelism_stays_whole(world: World) -> None:
+    world.run(untouched, O_PROJ, {"disable_tp": True})
+
+
+def untouched(prefix: str, options: Any = None) -> None:
     """In a rank: vLLM's class itself, whole weight, its own forward."""
     import oproj_patch
 
     with sharding(2, 2):
         from vllm.model_executor.layers.linear import RowParallelLinear
 
-        layer = build(prefix, HIDDEN, COLUMNS, bias=False)
+        layer = build(prefix, HIDDEN, COLUMNS, bias=False, **(options or {}))
         assert type(layer) is RowParallelLinear
         assert layer.tp_size == 1 and layer.weight.shape == (HIDDEN, COLUMNS)
         method = layer.quant_method
@@ -435,45 +440,11 @@ def other_rows() -> None:
     )
 
 
-def test_rows_of_one_rank_never_change_another_ranks_result(world: World) -> None:
-    world.run(loud_peer)
-
-
-class PerTensor:
-    """A quantization method with one dynamic activation scale for all rows it is given."""
-
-    def __init__(self, method: Any) -> None:
-        self.method = method
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        self.method.process_weights_after_loading(layer)
-
-    def apply(self, layer: Any, x: torch.Tensor, bias: Any = None) -> torch.Tensor:
-        scale = x.abs().amax() / 7 if x.numel() else 1.0
-        return torch.nn.functional.linear((x / scale).round() * scale, layer.shard, bias)
-
-
-def loud_peer() -> None:
-    """In a rank: rank 1's rows are quiet, loud, NaN; rank 0's results stay bit-identical."""
-    rank = int(os.environ["RANK"])
-    with sharding(2, 2) as config:
-        layer, _, _ = made(HIDDEN, COLUMNS)
-        layer.shard = layer.weight.detach().clone()
-        layer.quant_method = PerTensor(layer.quant_method)
-        told = []
-        for factor in (1.0, 1000.0, float("nan")):
-            x = whole(3, COLUMNS, torch.float32, seed=rank) * (factor if rank else 1.0)
-            with layers.forward_context(config, [3, 3], announced=True), torch.inference_mode():
-                told.append(layer(x)[0])
-        assert layer.oproj.mixes_rows
-        if rank == 0:
-            assert torch.equal(told[0], told[1]) and torch.equal(told[0], told[2])
-            assert bool(told[0].isfinite().all())
-
-
 @pytest.mark.parametrize("world", [4], indirect=True)
 def test_compiled_graphs_of_each_setting_have_their_own_key(world: World) -> None:
     settings: list[tuple[int, dict[str, str]]] = [(2, {}), (4, {}), (4, {"OPROJ_GRID": "2x2"})]
+    settings += [(4, {"OPROJ_WEIGHT_GATHER_ROWS": rows}) for rows in ("0", "64")]
+    settings += [(4, {"OPROJ_WIRE": "off"}), (4, {"OPROJ_PATCH_DEBUG": "1"})]
     keys = [[world.run(key, size, env)[0] for size, env in settings] for _ in range(2)]
     assert keys[0] == keys[1] and len(set(keys[0])) == len(settings)
 

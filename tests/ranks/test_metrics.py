@@ -38,6 +38,7 @@ def test_every_worker_is_seen_through_the_multiprocess_registry(tmp_path: Path) 
         }
 
 
+@pytest.mark.long
 def test_nothing_is_written_where_nobody_could_see_it(tmp_path: Path) -> None:
     env = {**SIZE, "PROMETHEUS_MULTIPROC_DIR": "", "TMPDIR": str(tmp_path)}
     launch.run(2, exchanged, env=env, fresh=True)

@@ -17,6 +17,7 @@ import pytest
 from oproj_patch.errors import OprojError
 from oproj_patch.hosts import refusals
 from oproj_patch.hosts.vllm import Vllm
+from oproj_patch.releases import VLLM_RELEASES
 from oproj_patch.settings import Settings
 from tests.ranks.launch import World
 
@@ -73,6 +74,8 @@ DENSE = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "n_routed
 
 DYNAMIC = SimpleNamespace(num_speculative_tokens_per_batch_size=[(1, 8, 3), (9, 64, 1)])
 
+OLD_EPLB = SimpleNamespace(use_async=True)
+
 # case -> (EngineArgs, set afterwards, what is said)
 CASES: dict[str, tuple[dict[str, Any], list[list[Any]], str]] = {
     "nothing special": ({}, [], "passes with 2"),
@@ -98,14 +101,31 @@ CASES: dict[str, tuple[dict[str, Any], list[list[Any]], str]] = {
         [["parallel_config.enable_fault_tolerance", True]],
         "--enable-fault-tolerance is True: ",
     ),
+    # As up to 0.22, where NCCL is the only communicator.
+    "asynchronous EPLB": (
+        {},
+        [["parallel_config.enable_eplb", True], ["parallel_config.eplb_config", OLD_EPLB]],
+        "eplb_config.use_async over NCCL is True: ",
+    ),
     "asynchronous EPLB over DeepEP": (
         {},
         [
             ["parallel_config.enable_eplb", True],
             ["parallel_config.eplb_config.use_async", True],
+            ["parallel_config.eplb_config.communicator", "pynccl"],
             ["parallel_config.all2all_backend", "deepep_low_latency"],
         ],
-        "asynchronous EPLB with --all2all-backend is deepep_low_latency: ",
+        "eplb_config.use_async over NCCL is True: ",
+    ),
+    "asynchronous EPLB without NCCL": (
+        {},
+        [
+            ["parallel_config.enable_eplb", True],
+            ["parallel_config.eplb_config.use_async", True],
+            ["parallel_config.eplb_config.communicator", "nixl"],
+            ["parallel_config.all2all_backend", "deepep_low_latency"],
+        ],
+        "passes with 2",
     ),
     "EPLB that is not asynchronous": (
         {},
@@ -114,6 +134,11 @@ CASES: dict[str, tuple[dict[str, Any], list[list[Any]], str]] = {
             ["parallel_config.eplb_config.use_async", False],
             ["parallel_config.all2all_backend", "deepep_low_latency"],
         ],
+        "passes with 2",
+    ),
+    "asynchronous EPLB that is off": (
+        {},
+        [["parallel_config.enable_eplb", False], ["parallel_config.eplb_config", OLD_EPLB]],
         "passes with 2",
     ),
     "a dynamic number of drafted tokens": (
@@ -193,6 +218,17 @@ CASES: dict[str, tuple[dict[str, Any], list[list[Any]], str]] = {
         [["model_config.hf_config.architectures", ["KimiK3ForConditionalGeneration"]]],
         "passes with 2",
     ),
+    "Muse Spark, tensor parallel": (
+        {"tensor_parallel_size": 2},
+        [["model_config.hf_config.architectures", ["MuseSpark1xForCausalLM"]]],
+        "architecture is MuseSpark1xForCausalLM: a fused kernel",
+    ),
+    "specialized decoding": (
+        {},
+        [["additional_config", {"decode_backend": "latency_specialized"}]],
+        "additional_config.decode_backend is latency_specialized: its kernels read o_proj's weight",
+    ),
+    "stock decoding": ({}, [["additional_config", {"decode_backend": "auto"}]], "passes with 2"),
     "a dense model": ({"model": DENSE}, [], "is a dense model: its data-parallel ranks run indep"),
     # vLLM runs dense ranks as instances of their own; the reason must still be the model.
     "a dense model without data parallelism": (
@@ -248,7 +284,7 @@ def verdict(name: str, directory: Path) -> str:
     ranks = config.parallel_config.data_parallel_size
     try:
         with held:
-            Vllm({"vllm": "0.32.0"}).check(config, Settings(size=2))
+            Vllm({"vllm": VLLM_RELEASES[-1]}).check(config, Settings(size=2))
     except OprojError as error:
         return str(error)
     return f"passes with {ranks} data-parallel ranks"
@@ -315,7 +351,7 @@ def test_settings_that_device_graphs_exclude(settings: Settings, sentence: str) 
             cudagraph_capture_sizes=[1, 2, 512],
         ),
     )
-    host = Vllm({"vllm": "0.32.0"})
+    host = Vllm({"vllm": VLLM_RELEASES[-1]})
     assert host.graph_rows(config) == 512
     if not sentence:
         host.check(config, settings)
@@ -344,6 +380,6 @@ def test_settings_that_device_graphs_exclude(settings: Settings, sentence: str) 
 )
 def test_largest_captured_row_count(fields: dict[str, Any], rows: int) -> None:
     config = SimpleNamespace(compilation_config=SimpleNamespace(**fields))
-    assert Vllm({"vllm": "0.32.0"}).graph_rows(config) == rows
+    assert Vllm({"vllm": VLLM_RELEASES[-1]}).graph_rows(config) == rows
     config.model_config = SimpleNamespace(enforce_eager=True)
-    assert Vllm({"vllm": "0.32.0"}).graph_rows(config) == 0
+    assert Vllm({"vllm": VLLM_RELEASES[-1]}).graph_rows(config) == 0

@@ -29,6 +29,7 @@ class Case:
     the layer does not matter; buffer: whether one is kept; summary: in the log's line of the
     group; packed: let vLLM pack the weight for its CPU kernels, so that it
     cannot be read; transposed: keep the weight as [input, output], as many quant methods do;
+    wrapped: keep it in a subclass of tensors, as torchao does;
     elsewhere: a quant method that reads another tensor than the layer's parameter; reload: load
     other weights before every step.
     """
@@ -45,6 +46,7 @@ class Case:
     packed: bool = False
     transposed: bool = False
     elsewhere: bool = False
+    wrapped: bool = False
     reload: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -66,11 +68,36 @@ CASES = {
         "8", LARGE, [0, 0], None, buffer=False, packed=True,
         summary="; weights not gathered: the host has packed the weights",
     ),
+    "a subclass of tensors": Case(
+        "", LARGE, [0, 0], 0, buffer=False, wrapped=True
+    ),
+    "a subclass of tensors, a number": Case(
+        "8", LARGE, [0, 0], 0, buffer=False, wrapped=True,
+        summary="; weights not gathered: weight is a Wrapped, which cannot be read plainly",
+    ),
     "a quant method that reads something else": Case("8", LARGE, [0, 0], 0, elsewhere=True),
     "four ranks": Case("16", FOUR, [1, 1, 0, 0, 0], 16, dp=4, options=BIAS),
     "tp": Case(tp=2, options=BIAS),
     "tp, whole input": Case(tp=2, options={"input_is_parallel": False}),
 }  # fmt: skip
+
+
+class Wrapped(torch.Tensor):  # type: ignore[misc]
+    """A tensor around another one, which has no plain bytes and cannot be detached in a pass."""
+
+    def __new__(cls, inner: torch.Tensor) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.plain = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            if torch.is_inference_mode_enabled():
+                raise RuntimeError("Cannot set version_counter for inference tensor")
+            return cls(args[0].plain)
+        return func(*(getattr(arg, "plain", arg) for arg in args), **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
@@ -101,6 +128,8 @@ def gathers(case: Case) -> None:
         group = otp_group.require("the test")
         if case.transposed:
             layer.weight.data = layer.weight.data.t().contiguous().t()
+        if case.wrapped:
+            layer.weight = torch.nn.Parameter(Wrapped(layer.weight.data), requires_grad=False)
         if case.elsewhere:
             other = layer.weight.detach().clone()
             layer.quant_method.apply = types.MethodType(
@@ -132,7 +161,8 @@ def gathers(case: Case) -> None:
         if case.least is not None:
             assert layer.oproj.plan.gather_from == case.least
         summary = sharded.summary(group)
-        assert case.summary in summary and ("gather" in summary) == (case.says != "0")
+        assert case.summary in summary
+        assert ("gather" in summary) == (case.says != "0" and (case.says != "" or not case.wrapped))
         kept = group.buffers["weight"].numel() if "weight" in group.buffers else 0
         if not case.buffer:
             assert kept == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,18 +66,24 @@ def test_auto_resolved() -> None:
         assert (found.size, found.auto) == (4, True)
 
 
-def test_out_of_sight_and_back() -> None:
-    config = {KEY: 4, "oproj_patch": {"size": 4}, "refresh": True}
+@pytest.mark.parametrize("version", ["0.26.0rc1", "0.27.1rc1", "0.30.0rc2"])
+def test_out_of_sight_and_back(version: str) -> None:
+    """Up to 0.26 the constructor reads the options of a VllmConfig, then its own arguments."""
+    nested = {KEY: 4, "mlp": 2}
+    config = {"finegrained_tp_config": nested, "oproj_patch": {"size": 4}, "refresh": True}
+    kept = copy.deepcopy(config)
     vllm_config = SimpleNamespace(additional_config=config)
-
-    def constructor(vllm_config: Any) -> None:
-        seen.append(dict(vllm_config.additional_config))
-
     seen: list[Any] = []
-    ascend_option.seam(Settings(auto=True)).wrapper(constructor, None, (vllm_config,), {})
-    assert seen == [{"refresh": True}]
-    assert config == {KEY: 4, "oproj_patch": {"size": 4}, "refresh": True}
-    wrapper = ascend_option.seam(Settings(size=2)).wrapper
+
+    def constructor(vllm_config: Any = None, **fields: Any) -> None:
+        seen.append(copy.deepcopy(vllm_config.additional_config if vllm_config else fields))
+
+    given: Any = {"vllm_config": vllm_config} if version == "0.26.0rc1" else config
+    seam = ascend_option.seam(Settings(auto=True), version)
+    seam.wrapper(constructor, None, (), given)
+    assert seen == [{"finegrained_tp_config": {"mlp": 2}, "refresh": True}]
+    assert config == kept and config["finegrained_tp_config"] is nested
+    wrapper = ascend_option.seam(Settings(size=2), version).wrapper
     with pytest.raises(OprojError, match=r"^OPROJ016: "):
-        wrapper(constructor, None, (), {"vllm_config": vllm_config})
+        wrapper(constructor, None, (), given)
     assert len(seen) == 1

@@ -128,6 +128,7 @@ def test_cache_directory_honours_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert engines.default_cache_dir() == tmp_path / ".cache" / "oproj_patch"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", ["dense", "moe"])
 def test_random_checkpoint(variant: demo_model.Variant, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
@@ -155,6 +156,7 @@ def test_random_checkpoint(variant: demo_model.Variant, tmp_path: Path) -> None:
     assert tokenizer.decode(list(text.encode())) == text
 
 
+@pytest.mark.long
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="KeyError: 'sparse'"):
         demo_model.ensure("sparse", trained=False, cache_dir=tmp_path)  # type: ignore[arg-type]

@@ -67,6 +67,21 @@ def test_every_part_fits_the_buffers(counts: list[int], gather_from: int) -> Non
             assert max(8 * max(some), sum(some)) * 2048 * 2 <= room
 
 
+@pytest.mark.parametrize("graph_rows", [0, 24])
+@pytest.mark.parametrize("buffer_bytes", [100, 1000, 100_000])
+def test_the_most_rows_of_one_gemm(graph_rows: int, buffer_bytes: int) -> None:
+    """For all counts of three ranks no GEMM has more, and nearly as many occur."""
+    plan = Plan(3, 48, 40, 4, graph_rows, 0, buffer_bytes)
+    for most in (1, 7, 30):
+        found = []
+        for counts in itertools.product(range(most + 1), repeat=3):
+            parts = exchange.decide(counts, plan).parts
+            cuts = [tuple(count * part // parts for count in counts) for part in range(parts + 1)]
+            found += [sum(after) - sum(before) for before, after in itertools.pairwise(cuts)]
+        told = exchange.most_rows(plan, most)
+        assert max(found) <= told <= max(most, max(found) + plan.size), (most, max(found), told)
+
+
 def test_the_decision_sees_nothing_that_one_rank_knows_alone() -> None:
     """Its inputs are the counts of the pass and what the ranks compared before the first step."""
     assert list(inspect.signature(exchange.decide).parameters) == ["counts", "plan"]

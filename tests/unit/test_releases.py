@@ -38,8 +38,8 @@ def test_parse_refuses(version: str) -> None:
 def test_releases_are_in_order_and_distinct() -> None:
     for listed in (VLLM_RELEASES, tuple(ASCEND_RELEASES)):
         numbers = [parse(release) for release in listed]
-        assert numbers == sorted(set(numbers))
-    assert len(VLLM_RELEASES) == 28
+        assert numbers == sorted(numbers) and len(listed) == len(set(listed))
+    assert len({*map(parse, VLLM_RELEASES)}) == len(VLLM_RELEASES) == 29
     assert set(ASCEND_RELEASES.values()) <= set(VLLM_RELEASES)
 
 
@@ -54,13 +54,15 @@ def test_range_has_both_ends() -> None:
 
 def test_untested() -> None:
     assert releases.untested("0.32.0+cpu") == ""
-    assert releases.untested("0.33.0") == "requested vllm 0.9.1 to 0.32.0, found 0.33.0"
+    assert releases.untested("0.34.0") == "requested vllm 0.9.1 to 0.33.0, found 0.34.0"
+    told = "requested vllm-ascend 0.9.1, 0.11.0, 0.13.0, 0.18.0, 0.23.0, 0.23.0.post1, 0.26.0rc1, "
+    assert releases.untested("0.31.0", "0.31.0") == f"{told}0.30.0rc2, found 0.31.0"
     assert releases.untested("0.23.0+cpu", "0.23.0.post1") == ""
-    assert releases.untested("0.23.0", "0.22.1").endswith(", 0.23.0, found 0.22.1")
+    assert releases.untested("0.23.0", "0.22.1").endswith(", 0.30.0rc2, found 0.22.1")
     told = "requested vllm 0.23.0 for vllm-ascend 0.23.0.post1, found vllm 0.22.1"
     assert releases.untested("0.22.1", "0.23.0.post1") == told
-    assert releases.untested("dev") == "requested vllm 0.9.1 to 0.32.0, found dev"
-    assert releases.untested("0.23.0", "unknown").endswith(", 0.23.0, found unknown")
+    assert releases.untested("dev") == "requested vllm 0.9.1 to 0.33.0, found dev"
+    assert releases.untested("0.23.0", "unknown").endswith(", 0.30.0rc2, found unknown")
 
 
 def test_oldest_wrapt_that_is_run_is_the_one_promised() -> None:

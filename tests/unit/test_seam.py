@@ -103,16 +103,52 @@ def test_nothing_is_wrapped_when_one_symbol_is_missing(host: Any) -> None:
     seams.undo(installed)
 
 
-def test_a_wrapper_that_hides_the_signature_is_named(host: Any) -> None:
-    create = host.create
+def test_a_lazy_seam_is_never_refused(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lazy = functools.partial(Seam, NAME, wrapper=ours, why="save time", lazy=True)
+    for path, parameters in (("create", ("ranks",)), ("create", ("model",)), ("gone", ())):
+        seam = lazy(path=path, parameters=parameters, required=False)
+        installed = seams.install([seam], "host 1")
+        assert len(installed) == (parameters == ("ranks",))
+        seams.undo(installed)
+    monkeypatch.delitem(sys.modules, NAME)
+    assert seams.install([lazy(path="create", required=False)], "host 1") == []
 
-    def careless(*args: Any) -> Any:
+
+def careless(create: Any) -> Any:
+    def wrapper(*args: Any) -> Any:
         return create(*args)
 
-    careless.__module__ = "another_plugin"
-    host.create = careless
+    wrapper.__module__ = "another_plugin"
+    return wrapper
+
+
+class Callable:
+    """A wrapper that is an object."""
+
+    def __init__(self, create: Any) -> None:
+        self.create = create
+
+    def __call__(self, *args: Any) -> Any:
+        return self.create(*args)
+
+
+Callable.__module__ = "another_plugin"
+
+
+@pytest.mark.parametrize(
+    ("wrap", "named"),
+    [
+        (careless, "another_plugin.careless.<locals>.wrapper"),
+        (Callable, "another_plugin.Callable"),
+        (lambda create: functools.partial(careless(create)), "functools.partial"),
+        (lambda _: print, "builtins.print"),
+    ],
+    ids=["function", "object", "partial", "built in"],
+)
+def test_a_wrapper_that_hides_the_signature_is_named(host: Any, wrap: Any, named: str) -> None:
+    host.create = wrap(host.create)
     with pytest.raises(OprojError) as raised:
         seams.install([CREATE], "host 1")
-    assert "was replaced by another_plugin." in str(raised.value)
+    assert f"was replaced by {named}, which has no parameter ranks" in str(raised.value)
     assert "functools.wraps" in str(raised.value) and "install a" not in str(raised.value)
     assert not isinstance(host.create, wrapt.FunctionWrapper)
