@@ -7,17 +7,18 @@ adds, it stands in for two Triton launches whose results a CPU does not read, an
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
-import v4_kernels
-from cpu_moe import MoeWorkerProbe
 from vllm.models.deepseek_v4.cpu import cpu_mla
 from vllm.v1.attention.backends.mla import sparse_swa
 from vllm.v1.attention.ops import metadata
 
+_base: Any = importlib.import_module("cpu_moe").MoeWorkerProbe
 
-class V4WorkerProbe(MoeWorkerProbe):
+
+class V4WorkerProbe(_base):  # type: ignore[misc]
     """The probe, in a worker that can run DeepSeek V4."""
 
 
@@ -43,4 +44,4 @@ sparse_swa._COMPUTE_SWA_INDICES_AND_LENS_KERNEL = _no_launch
 sparse_swa._COMPUTE_PREFILL_METADATA_KERNEL = _no_launch
 cpu_mla.DeepseekV4CPUSparseSWAMetadataBuilder.build_tile_scheduler = _no_plan
 sparse_swa.DeepseekSparseSWAMetadataBuilder.build_tile_scheduler = _no_plan
-v4_kernels.stand_in()
+importlib.import_module("v4_kernels").stand_in()

@@ -3,6 +3,8 @@
 vLLM builds them for processors with AVX-512 only. Test support: layers without compression.
 """
 
+from typing import Any
+
 import torch
 from vllm.model_executor.kernels import mhc
 
@@ -122,16 +124,16 @@ _library = torch.library.Library("_C", "FRAGMENT")
 
 def stand_in() -> None:
     """Register those that this build of vLLM lacks."""
-    changed = {
+    kernels: dict[str, list[Any]] = {
         "out": [bmm_cpu, flash_mla_with_kvcache_cpu],
         "cache": [fused_qnorm_rope_kv_insert_cpu],
-    }
-    plain = [
-        convert_weight_packed, inverse_gptj_rope_o_proj_cpu, biased_topk_cpu, hc_head_fused_cpu,
-        hc_pre_fused_cpu, hc_post_fused_cpu,
-    ]  # fmt: skip
-    for mutated, kernels in {**changed, "": plain}.items():
-        for kernel in kernels:
+        "": [
+            convert_weight_packed, inverse_gptj_rope_o_proj_cpu, biased_topk_cpu,
+            hc_head_fused_cpu, hc_pre_fused_cpu, hc_post_fused_cpu,
+        ],
+    }  # fmt: skip
+    for mutated, those in kernels.items():
+        for kernel in those:
             if hasattr(torch.ops._C, kernel.__name__):
                 continue
             schema = torch.library.infer_schema(kernel, mutates_args=[mutated] if mutated else ())

@@ -99,7 +99,7 @@ def _check(config: Any, ways: list[int], both: bool) -> None:
     groups, hidden = text.o_groups, text.hidden_size
     first = whole(groups * v4.RANK, heads * DIM // groups, torch.bfloat16, seed=1)
     second = whole(hidden, groups * v4.RANK, torch.bfloat16, seed=2)
-    loaded, scales = {"wo_a": first, "wo_b": second}, {}
+    loaded, scales = {"wo_a": first, "wo_b": second}, dict[str, torch.Tensor]()
     if config.quant_config is not None:
         for name, weight in loaded.items():
             scales[f"{name}.weight_scale"] = scale = weight.float().abs().amax(1, True) / 127

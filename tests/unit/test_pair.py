@@ -12,19 +12,28 @@ torch = pytest.importorskip("torch")
 from oproj_patch.sharding.pair import Pair, obstacle, placed  # noqa: E402
 
 
+def _group(size: int) -> Any:
+    return SimpleNamespace(size=size)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_positions_travel_behind_the_heads(dtype: str) -> None:
-    kind, group = getattr(torch, dtype), SimpleNamespace(size=2)
-    size = kind.itemsize
+    kind = getattr(torch, dtype)
+    size, group = kind.itemsize, _group(2)
     pair = Pair(None, heads=8, width=4, positions=True)
-    assert (pair.chunk(group, size), pair.tail(size)) == (16 + 16 // size, 16 // size)  # type: ignore[arg-type]
+    assert (pair.chunk(group, size), pair.tail(size)) == (16 + 16 // size, 16 // size)
     heads = torch.randn(3, 16).to(kind)
     positions = torch.tensor([5, 2**33 + 1, 7])
-    rows = torch.full((3, pair.chunk(group, size)), float("nan"), dtype=kind)  # type: ignore[arg-type]
+    rows = torch.full((3, pair.chunk(group, size)), float("nan"), dtype=kind)
     behind = placed(positions, kind)
     rows[:, :16], rows[:, 16 : 16 + behind.shape[1]] = heads, behind
     told: list[Any] = []
-    pair.project = lambda o, places: told.append((o, places)) or o.flatten(1)
+
+    def project(o: Any, places: Any) -> Any:
+        told.append((o, places))
+        return o.flatten(1)
+
+    pair.project = project
     for count in (3, 0):
         assert torch.equal(pair.run(rows[:count]), heads[:count])
         o, places = told.pop()
@@ -33,7 +42,7 @@ def test_positions_travel_behind_the_heads(dtype: str) -> None:
 
 def test_without_positions_a_chunk_is_its_heads() -> None:
     pair = Pair(None, heads=8, width=4)
-    assert (pair.chunk(SimpleNamespace(size=4), 2), pair.tail(2)) == (8, 0)  # type: ignore[arg-type]
+    assert (pair.chunk(_group(4), 2), pair.tail(2)) == (8, 0)
     pair.project = lambda o, places: o if places is None else places
     assert pair.run(torch.zeros(5, 8)).shape == (5, 2, 4)
 
