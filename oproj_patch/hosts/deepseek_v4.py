@@ -178,7 +178,8 @@ def _join_ascend(impl: Any, layer: Any, pair: pairs.Pair) -> None:
         return output
 
     pair.project, impl._forward_o_proj = project, step
-    method = getattr(pair.first, "quant_method", None)
-    for scheme in (method, getattr(method, "quant_method", None)):
+    method = pair.first.quant_method
+    schemes: tuple[Any, ...] = (method, getattr(method, "quant_method", None))
+    for scheme in schemes:
         if hasattr(scheme, "n_local_groups"):  # counted from vLLM's own group
             scheme.n_local_groups = impl.n_local_groups

@@ -24,39 +24,11 @@ ROWS = [[3, 5], [40, 2], [4, -1], [-2, 3], [-1, -1], [0, 6], [0, 0]]
 HEADS, DIM, ROPE = 8, 512, 64
 
 
-def _int8(strategy: str, dynamic: bool) -> dict[str, Any]:
-    kind = {"num_bits": 8, "type": "int", "symmetric": True}
-    return {**kind, "strategy": strategy, "dynamic": dynamic}
-
-
-# Both layers in W8A8, with a scale per output and, of the activations, per row.
-W8A8 = {
-    "quantization_config": {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "ignore": ["re:.*ffn.*", "re:.*wq.*", "re:.*wkv.*", "re:.*head.*"],
-        "config_groups": {
-            "all": {
-                "targets": ["Linear"],
-                "weights": _int8("channel", False),
-                "input_activations": _int8("token", True),
-            }
-        },
-    }
-}
-
-
 @pytest.mark.parametrize("shape", v4.SHAPES)
 def test_both_are_one_step(world: World, shape: str, tmp_path: Path) -> None:
     hidden, groups = v4.SHAPES[shape]
     path = write(v4.config(hidden, groups), tmp_path)
     world.run(projected, path, "auto", [2, 1], True, seconds=120)
-
-
-@pytest.mark.parametrize(("grid", "ways"), [("auto", [2, 1]), ("1x2", [1, 2])])
-def test_int8(world: World, grid: str, ways: list[int], tmp_path: Path) -> None:
-    path = write(v4.config(256, HEADS, **W8A8), tmp_path)
-    world.run(projected, path, grid, ways, grid == "auto", seconds=120)
 
 
 @pytest.mark.parametrize(
@@ -99,25 +71,14 @@ def _check(config: Any, ways: list[int], both: bool) -> None:
     groups, hidden = text.o_groups, text.hidden_size
     first = whole(groups * v4.RANK, heads * DIM // groups, torch.bfloat16, seed=1)
     second = whole(hidden, groups * v4.RANK, torch.bfloat16, seed=2)
-    loaded, scales = {"wo_a": first, "wo_b": second}, dict[str, torch.Tensor]()
-    if config.quant_config is not None:
-        for name, weight in loaded.items():
-            scales[f"{name}.weight_scale"] = scale = weight.float().abs().amax(1, True) / 127
-            loaded[name] = (weight.float() / scale).round().to(torch.int8)
-    tensors = {f"{name}.weight": weight for name, weight in loaded.items()} | scales
-    model.load_weights((f"layers.0.attn.{name}", tensor) for name, tensor in tensors.items())
-    first, second = loaded.values()
+    weights = {"wo_a": first, "wo_b": second}
+    model.load_weights((f"layers.0.attn.{name}.weight", w) for name, w in weights.items())
     cut = second.chunk(ways[0], 1)[rank // ways[1]].chunk(ways[1], 0)[rank % ways[1]]
     assert torch.equal(wo_b.weight.data, cut) and isinstance(wo_b, ShardedMixin)
     assert isinstance(wo_a, ShardedMixin) == both
     assert torch.equal(wo_a.weight.data, first.chunk(2, 0)[rank] if both else first)
-    if scales:
-        own = scales["wo_a.weight_scale"]
-        assert torch.equal(wo_a.weight_scale.data, own.chunk(2)[rank] if both else own)
-        first, second = (w * scales[f"{n}.weight_scale"] for n, w in loaded.items())
-    else:
-        kept = second.numel() + both * first.numel()
-        assert (wo_b.oproj.kept, wo_b.oproj.saved) == (kept, kept)
+    kept = second.numel() + both * first.numel()
+    assert (wo_b.oproj.kept, wo_b.oproj.saved) == (kept, kept)
     assert (wo_b.oproj.pair is not None, bool(wo_b.oproj.alone)) == (both, not both)
     for layer in (wo_a, wo_b):
         layer.quant_method.process_weights_after_loading(layer)
