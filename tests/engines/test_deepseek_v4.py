@@ -34,14 +34,13 @@ def v4_run(tmp_path_factory: pytest.TempPathFactory, runs: EngineRuns) -> Iterat
     found: dict[Any, OfflineRun] = {}
     models: dict[bool, Path] = {}
 
-    def run(grid: str | None = None, zeroed: bool = False, compiled: bool = False) -> OfflineRun:
-        key = grid, zeroed, compiled
+    def run(grid: str | None = None, zeroed: bool = False) -> OfflineRun:
+        key = grid, zeroed
         if zeroed not in models:
             models[zeroed] = v4.make(tmp_path_factory.mktemp("v4"), zeroed)
         if key not in found:
             config = EngineConfig(
                 models[zeroed],
-                compiled=compiled,
                 env={} if grid is None else {TOGGLE: "2", "OPROJ_GRID": grid},
                 options={
                     "dtype": "bfloat16",
@@ -70,12 +69,6 @@ def test_text_depends_on_wo_b(v4_run: Run) -> None:
 @pytest.mark.parametrize(("grid", "both"), [("auto", True), ("1x2", False)], ids=["both", "wo_b"])
 def test_same_tokens(v4_run: Run, grid: str, both: bool) -> None:
     check(v4_run(), v4_run(grid), both)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(("grid", "both"), [("auto", True), ("1x2", False)], ids=["both", "wo_b"])
-def test_same_tokens_compiled(v4_run: Run, grid: str, both: bool) -> None:
-    check(v4_run(compiled=True), v4_run(grid, compiled=True), both)
 
 
 def check(off: OfflineRun, on: OfflineRun, both: bool) -> None:
