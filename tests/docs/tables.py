@@ -154,25 +154,31 @@ def graphs() -> str:
 
 
 def savings() -> str:
-    """Return what each group size saves and costs DeepSeek-R1, as `oproj-patch plan` says."""
+    """Return what each group size saves and costs two models, as `oproj-patch plan` says."""
     from oproj_patch.cli.plan import GIB, MIB, load_model, make_plan
 
-    plan = make_plan("deepseek-r1", load_model("deepseek-r1", "int8"), dp=32)
-    head = ("N", "o_proj on a rank", "saved on a rank", "more tokens of KV cache on a rank",
-            "sent by a rank for each decoded token")  # fmt: skip
-    rows = [("off", f"{plan['unsharded_bytes_per_rank'] / GIB:.2f} GiB", "", "", "")]
-    for row in plan["rows"]:
-        if row["otp_size"] <= 16:
-            kept, saved = (row[f"{what}_bytes_per_rank"] / GIB for what in ("o_proj", "saved"))
-            sent = row["exchange_bytes_per_token"] / MIB
-            more = f"{row['kv_tokens_per_rank']:,}"
+    names = "deepseek-r1", "deepseek-v4-pro"
+    plans = [make_plan(name, load_model(name, "int8"), dp=32) for name in names]
+    head = ("N", "R1: o_proj on a rank", "saved", "more tokens of KV cache",
+            "sent for each decoded token", "V4-Pro: saved", "sent")  # fmt: skip
+    rows = [("off", f"{plans[0]['unsharded_bytes_per_rank'] / GIB:.2f} GiB", *[""] * 5)]
+    for pair in zip(*(plan["rows"] for plan in plans), strict=False):
+        if pair[0]["otp_size"] <= 16:
+            (kept, *_), saved, sent = (
+                [row[f"{what}_bytes_per_{unit}"] / size for row in pair]
+                for what, unit, size in (
+                    ("o_proj", "rank", GIB), ("saved", "rank", GIB), ("exchange", "token", MIB)
+                )
+            )  # fmt: skip
             rows.append(
                 (
-                    str(row["otp_size"]),
+                    str(pair[0]["otp_size"]),
                     f"{kept:.2f} GiB",
-                    f"{saved:.2f} GiB",
-                    more,
-                    f"{sent:.1f} MiB",
+                    f"{saved[0]:.2f} GiB",
+                    f"{pair[0]['kv_tokens_per_rank']:,}",
+                    f"{sent[0]:.1f} MiB",
+                    f"{saved[1]:.2f} GiB",
+                    f"{sent[1]:.1f} MiB",
                 )
             )
     return _table(head, rows)
