@@ -26,7 +26,7 @@ def test_of_a_tested_release(release: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    "version", ["0.9.0rc2", "0.8.5", "0.10.0rc1", "0.12.0", "0.26.0rc1", "0.1.dev5+g01", "unknown"]
+    "version", ["0.9.0rc2", "0.8.5", "0.10.0rc1", "0.12.0", "0.27.1rc1", "0.1.dev5+g01", "unknown"]
 )
 def test_of_an_untested_version_all_that_are_there(
     version: str, monkeypatch: pytest.MonkeyPatch
