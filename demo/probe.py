@@ -25,7 +25,7 @@ _process_weights = base_loader.process_weights_after_loading
 def _record_then_process(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Note every o_proj before the CPU backend re-packs it, which leaves `weight` empty."""
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] == "o_proj":
+        if name.rpartition(".")[2] in ("o_proj", "wo_a", "wo_b"):
             parameters = dict(module.named_parameters(recurse=False))
             weight = parameters["weight"]
             _loaded[name] = {

@@ -40,6 +40,8 @@ _unusable = partial(OprojValueError, "OPROJ018")
 _SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "n_routed_experts")
 _MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "v_head_dim": 128}
 _FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+_MXFP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [1, 32]}}
+_V4 = {"head_dim": 512, "o_lora_rank": 1024}
 _MTP = {"num_nextn_predict_layers": 1}
 # The fields used here, as the models' public configurations have them.
 BUILTIN_MODELS: dict[str, dict[str, Any]] = {
@@ -50,6 +52,9 @@ BUILTIN_MODELS: dict[str, dict[str, Any]] = {
         ("kimi-k2", 7168, 64, 61, 384, _MLA | _FP8),
         ("qwen3-235b-a22b", 4096, 64, 94, 128, {"num_key_value_heads": 4, "head_dim": 128}),
         ("glm-4.5", 5120, 96, 92, 160, {"num_key_value_heads": 8, "head_dim": 128} | _MTP),
+        ("deepseek-v4-flash", 4096, 64, 43, 256, _V4 | {"o_groups": 8} | _FP8),
+        ("deepseek-v4-pro", 7168, 128, 61, 384, _V4 | {"o_groups": 16} | _FP8),
+        ("deepseek-v4.1-flash", 5120, 64, 40, 256, _V4 | {"o_groups": 8} | _MXFP8),
     )
 }
 MODEL = "a directory with a config.json, such a file, a Hugging Face id in the local cache, or one "
@@ -70,6 +75,8 @@ class ModelShape(NamedTuple):
     blocks: tuple[int, int]  # a rank's columns and outputs are multiples of these
     narrow: bool  # rows travel in 8 bits
     notes: list[str]
+    groups: int = 0  # of DeepSeek V4's wo_a, which stands before its wo_b; 0: there is none
+    heads_width: int = 0  # values of all heads, which go into wo_a
 
 
 def make_plan(
@@ -90,8 +97,16 @@ def make_plan(
             f"and a --dp with a divisor N above 1 for which {shape.blocks[0]} * N divides {width}"
         )
 
+    # wo_a has as many elements as all groups of heads have columns of one group's rank.
+    first = shape.heads_width // tp * shape.o_proj_input // max(1, shape.groups)
+
+    def joined(n: int) -> bool:
+        """Tell whether a rank of `n` holds whole groups of wo_a: then both are one step."""
+        return bool(first) and shape.groups % (tp * n) == 0
+
     def held(n: int, dtypes: Sequence[str]) -> int:
-        return sum(-(-width // n * hidden * WEIGHT_BITS[dtype] // 8) for dtype in dtypes)
+        elements = width // n * hidden + (first // n if joined(n) else first)
+        return sum(-(-elements * WEIGHT_BITS[dtype] // 8) for dtype in dtypes)
 
     # MLA caches its vector on every tensor-parallel rank; GQA divides its heads among them.
     kv_bytes = max(1, shape.kv_heads // tp) * shape.kv_width * layers * WEIGHT_BITS[kv_dtype] // 8
@@ -108,24 +123,35 @@ def make_plan(
             if hidden % b == 0
         }  # fmt: skip
 
+    def both_sent(n: int) -> dict[str, Any]:
+        """Describe the step of wo_a and wo_b: whole heads go out."""
+        chunk = shape.heads_width // tp // n
+        step = topology.step_bytes(n, chunk, hidden, element) * layers
+        told = {"wire": shape.activation_dtype, "grid": str(Grid(n, 1)), "layers": "wo_a, wo_b"}
+        return told | {"bytes_per_token": step, "bytes_per_token_Nx1": step}
+
     rows = []
     for n in sizes:
         kept = held(n, shape.dtypes)
         wires = [sent(n, shape.activation_dtype, element), sent(n, "8 bits", 1)]
-        taken, waits = wires[shape.narrow], 2 * layers * LATENCY
+        if first:
+            wires = [both_sent(n)] * joined(n) + [wires[0] | {"layers": "wo_b"}]
+        taken, waits = wires[shape.narrow and not first], 2 * layers * LATENCY
         step = taken["bytes_per_token"]
         gather = topology.gather_bytes(n, kept)
-        saved, tokens = full - kept, (full - kept) // kv_bytes
+        saved, tokens = full - kept, (full - kept) // max(1, kv_bytes)
         rows.append({
             "otp_size": n, "o_proj_bytes_per_rank": kept,
             "saved_bytes_per_rank": saved, "saved_bytes_instance": saved * dp * tp,
-            "kv_tokens_per_rank": tokens, "kv_tokens_instance": tokens * dp,
+            **({} if first else {
+                "kv_tokens_per_rank": tokens, "kv_tokens_instance": tokens * dp,
+                "weight_gather_bytes": gather,
+                "weight_gather_rows": topology.gather_threshold(gather, step),
+            }),
             "grid": taken["grid"], "exchange_bytes_per_token": step, "wires": wires,
             "seconds_latency": waits,
             "seconds_link": waits + step * batch / (1e9 * link),
             "seconds_slow_link": waits + step * batch / (1e9 * SLOW_LINK),
-            "weight_gather_bytes": gather,
-            "weight_gather_rows": topology.gather_threshold(gather, step),
             "prefill": [{"rows": m, "exchange_bytes": step * m} for m in prefill_rows],
             "mtp_saved_bytes_per_rank": mtp_full - held(n, shape.mtp_dtypes),
         })  # fmt: skip
@@ -146,7 +172,8 @@ def make_plan(
         "activation_dtype": shape.activation_dtype, "mtp_layers": len(shape.mtp_dtypes),
         "hidden_size": hidden, "o_proj_input": shape.o_proj_input, "kv_bytes_per_token": kv_bytes,
         "unsharded_bytes_per_rank": full, "mtp_unsharded_bytes_per_rank": mtp_full,
-        "weight_gather_buffer_bytes": max(held(1, [dtype]) for dtype in counts),
+        "weight_gather_buffer_bytes": 0 if first else max(held(1, [dtype]) for dtype in counts),
+        "groups": shape.groups,
         "notes": shape.notes, "rows": rows, "start": None if DENSE in shape.notes else start,
     }  # fmt: skip
 
@@ -169,22 +196,36 @@ def format_plan(plan: dict[str, Any]) -> str:
     """Return `plan` as text that fits a terminal of 80 columns, and the command to start with."""
     rows = plan["rows"]
     buffer, mtp = plan["weight_gather_buffer_bytes"], plan["mtp_unsharded_bytes_per_rank"]
+    cache = f"One token of KV cache: {plan['kv_bytes_per_token']:,} B ({plan['kv_dtype']})."
+    if not plan["kv_bytes_per_token"]:
+        cache = "KV cache: compressed, not counted."
+    groups, hidden, columns = plan["groups"], plan["hidden_size"], plan["o_proj_input"]
+    name, kind = f"o_proj [{hidden}, {columns}]", ("dispatch", "", "wire", "", 1)
+    if groups:
+        name = f"wo_b [{hidden}, {columns}] and wo_a in {groups} groups"
+        kind = ("one step of", "", "layers", "", 1)
     notes = [
         f"milliseconds are assumed, not measured: {plan['latency'] * 1e6:g} us for each of "
         f"{2 * plan['num_layers']} all-to-alls, and the bytes at the speed of a rank's link; the "
         "gain is memory, never speed",
         "rows travel in 8 bits where vllm-ascend has static W8A8; this model's in "
         f"{plan['dispatch']}",
-        f"a weight gather needs a buffer of {buffer / GIB:.2f} GiB per rank for all layers",
     ]
+    if buffer:
+        notes.append(
+            f"a weight gather needs a buffer of {buffer / GIB:.2f} GiB per rank for all layers"
+        )
+    if groups:
+        notes[1:] = [
+            "o_proj stands for wo_b and wo_a; where N does not divide the groups of wo_a, or the "
+            "host's attention hands on quantized heads, wo_b alone is sharded, on its own grid"
+        ]
     if mtp:
         notes.append(f"MTP is not counted: {mtp / GIB:.2f} GiB more o_proj per rank, sharded alike")
     lines = [
         plan["model"],
-        f"o_proj [{plan['hidden_size']}, {plan['o_proj_input']}] x {plan['num_layers']} layers, "
-        f"{plan['dtype']}, DP {plan['dp']}, TP {plan['tp']}",
-        f"Not sharded: {plan['unsharded_bytes_per_rank'] / GIB:.2f} GiB on every rank. "
-        f"One token of KV cache: {plan['kv_bytes_per_token']:,} B ({plan['kv_dtype']}).",
+        f"{name} x {plan['num_layers']} layers, {plan['dtype']}, DP {plan['dp']}, TP {plan['tp']}",
+        f"Not sharded: {plan['unsharded_bytes_per_rank'] / GIB:.2f} GiB on every rank. " + cache,
         "\nMemory",
         _table(rows,
             ("o_proj", "GiB/rank", "o_proj_bytes_per_rank", ".2f", GIB),
@@ -194,7 +235,7 @@ def format_plan(plan: dict[str, Any]) -> str:
             ("KV tokens", "all ranks", "kv_tokens_instance", "+,.0f", 1)),
         "\nDecode, bytes sent by a rank for one token, by type of the dispatch and by grid",
         _table([{**row, **wire} for row in rows for wire in row["wires"]],
-            ("dispatch", "", "wire", "", 1), ("grid", "", "grid", "", 1),
+            kind, ("grid", "", "grid", "", 1),
             ("on the grid", "MiB", "bytes_per_token", ".2f", MIB),
             ("N x 1", "MiB", "bytes_per_token_Nx1", ".2f", MIB),
             ("1 x N", "MiB", "bytes_per_token_1xN", ".2f", MIB)),
@@ -257,14 +298,18 @@ def parse_config(config: dict[str, Any], weight_dtype: str | None = None) -> Mod
     inner: dict[str, Any] = next(filter(None, nested), {})
     text = config | {key: value for key, value in inner.items() if value is not None}
     linear = "linear_attention" in (text.get("layer_types") or ())
-    if linear or text.get("linear_attn_config") or text.get("o_lora_rank"):
-        raise _unusable("config.json has linear attention or o_lora_rank: one o_proj is accepted")
+    if linear or text.get("linear_attn_config"):
+        raise _unusable("config.json has linear attention: one kind of o_proj is accepted")
     heads, hidden = text["num_attention_heads"], text["hidden_size"]
     head_dim = text.get("head_dim") or hidden // heads
     v_head_dim = text.get("v_head_dim") or head_dim
     kv_heads, kv_width = text.get("num_key_value_heads") or heads, head_dim + v_head_dim
     if text.get("kv_lora_rank"):
         kv_heads, kv_width = 1, text["kv_lora_rank"] + text["qk_rope_head_dim"]
+    groups, columns = 0, heads * v_head_dim
+    if rank := text.get("o_lora_rank"):  # DeepSeek V4: its cache is compressed, layer by layer
+        groups, kv_width = text["o_groups"], 0
+        columns = groups * rank
     layers, mtp_layers = text["num_hidden_layers"], text.get("num_nextn_predict_layers") or 0
     plain = TORCH_DTYPES[text.get("torch_dtype") or text.get("dtype") or "bfloat16"]
     schemes, notes = [(weight_dtype or plain, 1)] * (layers + mtp_layers), []
@@ -279,8 +324,9 @@ def parse_config(config: dict[str, Any], weight_dtype: str | None = None) -> Mod
     quantized = weight_dtype not in TORCH_DTYPES.values() if weight_dtype else found
     if found and not weight_dtype:
         roots = ("model.language_model", "language_model.model") if inner else ("model",)
+        attention = "attn.wo_b" if groups else "self_attn.o_proj"
         for index in range(layers + mtp_layers):
-            names = [f"{root}.layers.{index}.self_attn.o_proj" for root in roots]
+            names = [f"{root}.layers.{index}.{attention}" for root in roots]
             schemes[index] = _scheme(found, names) or (plain, 1)
         notes.append("the quantization tells the data type of each o_proj: --dtype says otherwise")
     if not any(text.get(key) for key in EXPERT_COUNTS):
@@ -289,7 +335,8 @@ def parse_config(config: dict[str, Any], weight_dtype: str | None = None) -> Mod
         notes.append("of sparse attention, index cache and scales of an fp8 cache are not counted")
     dtypes, blocks = zip(*schemes, strict=True)
     return ModelShape(
-        hidden_size=hidden, num_heads=heads, o_proj_input=heads * v_head_dim,
+        hidden_size=hidden, num_heads=heads, o_proj_input=columns, groups=groups,
+        heads_width=heads * v_head_dim if groups else 0,
         kv_heads=kv_heads, kv_width=kv_width, activation_dtype=plain, notes=notes,
         dtypes=dtypes[:layers], mtp_dtypes=dtypes[layers:], narrow=narrow,
         blocks=(math.lcm(*blocks), QUANTIZED_OUTPUTS if quantized else 1),

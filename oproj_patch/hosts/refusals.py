@@ -114,6 +114,12 @@ def _variable(name: str) -> Found:
     return lambda _: (value := os.environ.get(name, "")) != "0" and value
 
 
+def _rocm(_: Facts) -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_rocm())
+
+
 def _captured_as(*modes: str) -> Found:
     return lambda facts: not torchair(facts.ascend) and (m := graph_mode(facts.vllm)) in modes and m
 
@@ -164,9 +170,17 @@ RULES: tuple[Rule, ...] = (
     Rule("the quantization's transform_config",
          lambda facts: of(facts.vllm, "quant_config.transform_config") and "given",
          "its transforms mix all input columns of a layer and cannot be cut"),
-    Rule("the model architecture", _named(ARCHITECTURES, "deepseekv4*"),
-         "its output projection is wo_a and wo_b, not an o_proj",
-         remedy="unset the variable for this model"),
+    Rule("on ROCm the model architecture", _all(_rocm, _named(ARCHITECTURES, "deepseekv4*")),
+         "its kernels there (_bpre_attn_gemm, the mono kernels) read wo_b's weight past the "
+         "layer's forward", remedy="unset the variable for this model"),
+    Rule("VLLM_ENABLE_GEMM_RS with tensor parallelism and the model architecture",
+         _all(_variable("VLLM_ENABLE_GEMM_RS"), _more_than_one("tensor_parallel_size"),
+              _named(ARCHITECTURES, "deepseekv41*")),
+         "its fused GEMM and reduce-scatter reads wo_b's weight past the layer's forward",
+         remedy="unset one of the two variables"),
+    Rule("--enable-lora with the model architecture",
+         _all(_given("lora_config"), _named(ARCHITECTURES, "deepseekv4*")),
+         "its two output projections have not been run below a LoRA layer"),
     Rule("--tensor-parallel-size above 1 with the model architecture",
          _all(_more_than_one("tensor_parallel_size"), _named(ARCHITECTURES, "kimik3*")),
          "a fused kernel of this model reads o_proj's weight past the layer's forward"),

@@ -24,10 +24,11 @@ from ..settings import GRID, SKIP_VERSION_CHECK, TOGGLE, Settings
 from ..sharding import diagnosis, grid, metrics, otp_group, topology, wire
 from ..sharding import layer as sharded
 from ..sharding.otp_group import Counts, OtpGroup
+from ..sharding.pair import Pair
 from ..sharding.rows import HostPass
 from ..sharding.topology import Grid
 from ..sharding.wire import Wire
-from . import lora, refusals, warm_up
+from . import deepseek_v4, lora, refusals, warm_up
 from .refusals import of
 from .seam import Seam
 
@@ -55,6 +56,8 @@ class Vllm(HostPass):
 
     def __init__(self, versions: Mapping[str, str]) -> None:
         self.versions, self.settings = dict(versions), Settings()
+        # By the prefix of a wo_b: its wo_a that is sharded, or why it is not.
+        self._firsts: dict[str, Pair | str] = {}
 
     def __str__(self) -> str:
         names = dict.fromkeys((self.name, "vllm"))
@@ -89,6 +92,7 @@ class Vllm(HostPass):
                 sharded.check_attentions(model, built, own)
             group.main_layers = group.main_layers or len(group.layers)
             group.complete = not self.shards_drafter(config)
+            deepseek_v4.join(model, self.name != "vllm")
             return model
 
         def config_hashed(wrapped: Any, _: Any, args: Any, kwargs: Any) -> str:
@@ -115,6 +119,7 @@ class Vllm(HostPass):
               for module, saver in SAVERS),
             *warm_up.seams(),
             *adapters,
+            *(() if config is None else deepseek_v4.seams(self, config)),
         )  # fmt: skip
 
     def linear_constructed(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
@@ -134,10 +139,11 @@ class Vllm(HostPass):
 
         group = otp_group.require(prefix)
         cls, before = type(instance), dict(vars(instance))
+        first = self._firsts.pop(prefix, None)
         try:
-            sharded.construct(wrapped, instance, args, kwargs, group, parallel_state, self)
+            sharded.construct(wrapped, instance, args, kwargs, group, parallel_state, self, first)
         except OprojValueError as error:
-            if not group.main_layers:
+            if not group.main_layers or isinstance(first, Pair):
                 raise
             # A drafter that does not divide stays whole. All ranks have the same sizes.
             group.complete = True
@@ -149,6 +155,26 @@ class Vllm(HostPass):
             wrapped(*args, **kwargs)
             return
         self.check_layer(instance)
+
+    def first_constructed(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
+        """Wrap a column-parallel layer's constructor: a wo_a is sharded with its wo_b."""
+        prefix = inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("prefix", "")
+        nested = isinstance(instance, sharded.ShardedMixin)
+        if nested or not deepseek_v4.is_first(prefix) or left_whole(prefix):
+            wrapped(*args, **kwargs)
+            return
+        from vllm.config import get_current_vllm_config
+        from vllm.distributed import parallel_state
+
+        group, second = otp_group.require(prefix), f"{prefix.removesuffix('wo_a')}wo_b"
+        text = of(get_current_vllm_config(), "model_config.hf_text_config")
+        if why := deepseek_v4.obstacle(owner_of(instance)[0], text, group):
+            self._firsts[second] = why
+            wrapped(*args, **kwargs)
+            return
+        self._firsts[second] = sharded.construct_first(
+            wrapped, instance, args, kwargs, group, parallel_state, self
+        )
 
     def check_layer(self, layer: Any) -> None:
         """Raise OprojError for what the host chose for a sharded layer and cannot be sharded."""
@@ -285,6 +311,8 @@ class Vllm(HostPass):
 
 def o_proj_columns(text: Any) -> int:
     """Return the input columns of a whole o_proj, from a model's text configuration."""
+    if of(text, "o_lora_rank"):  # DeepSeek V4's wo_b
+        return int(text.o_groups * text.o_lora_rank)
     heads: int = text.num_attention_heads
     width = of(text, "v_head_dim") or of(text, "head_dim") or text.hidden_size // heads
     return int(heads * width)

@@ -48,6 +48,7 @@ LINEARS = (
     (TORCHAIR_MODEL, "TorchairDeepseekV2RowParallelLinear", "0.11.0", "0.11.0"),
     (TORCHAIR_MODEL, "TorchairDeepseekV2RowParallelLinearReplaceAllreduce", "0.11.0", "0.11.0"),
 )
+COLUMNS = (("ops.linear", "AscendColumnParallelLinear", "0.23.0", ""),)
 ATTENTIONS = (
     ("models.deepseek_v2", "CustomDeepseekV2MLAAttention", "0.9.1", "0.9.1"),
     ("models.deepseek_v3_2", "CustomDeepseekV2SFAAttention", "0.11.0", "0.11.0"),
@@ -57,6 +58,7 @@ ATTENTIONS = (
 IMPLEMENTATIONS = (
     ("attention.mla_v1", "AscendMLAImpl", "", ""),  # required whatever the version is called
     ("attention.sfa_v1", "AscendSFAImpl", "0.11.0", ""),
+    ("attention.dsa_v1", "AscendDSAImpl", "0.23.0", ""),
     ("torchair.torchair_mla", "AscendMLATorchairImpl", "0.11.0", "0.11.0"),
     ("torchair.torchair_sfa", "AscendSFATorchairImpl", "0.11.0", "0.11.0"),
 )
@@ -221,6 +223,8 @@ def registry(host: VllmAscend) -> tuple[Seam, ...]:
     kinds: tuple[tuple[Any, str, Callable[..., Any], str, tuple[str, ...]], ...] = (
         (LINEARS, ".__init__", host.linear_constructed,
          "make an o_proj of this class a sharded layer before its weights exist", ()),
+        (COLUMNS, ".__init__", host.first_constructed,
+         "shard DeepSeek V4's wo_a with its wo_b", ("input_size", "output_size", "prefix")),
         (ATTENTIONS, ".__init__", attention_built,
          "check that this attention got a sharded o_proj", ("prefix",)),
         (IMPLEMENTATIONS, ".forward", attention_ran,
@@ -245,7 +249,7 @@ def attention_ran(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     Without attention metadata every release returns before o_proj. With metadata of no token some
     do (SFA without rotary dimensions, 0.30.0rc2).
     """
-    layer: Any = getattr(instance, "o_proj", None)
+    layer: Any = getattr(instance, "o_proj", None) or getattr(instance, "wo_b", None)
     ours = isinstance(layer, sharded.ShardedMixin)
     if not ours:
         return wrapped(*args, **kwargs)
@@ -254,8 +258,12 @@ def attention_ran(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     result = wrapped(*args, **kwargs)
     if group.steps == before:
         output = (dict(zip(_names(wrapped.__func__), args, strict=False)) | kwargs)["output"]
-        columns = layer.input_size // group.tp_size
-        layer(output.new_zeros((output.shape[0], columns)))
+        if pair := layer.oproj.pair:
+            heads = output.new_zeros((output.shape[0], pair.heads, pair.width))
+            instance._forward_o_proj(heads, output)
+        else:
+            columns = layer.input_size // group.tp_size
+            layer(output.new_zeros((output.shape[0], columns)))
         # 0.9.1 returns uninitialized memory, whose NaNs would spread in the experts' all-to-all.
         output.zero_()
     return result

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from . import diagnosis, rows, weight_gather
 from .otp_group import CollectiveError, Counts, OtpGroup
+from .pair import placed
 
 BUFFER_BYTES = 8 << 20
 """Of each shared buffer in a step with more rows, which is cut into parts.
@@ -42,6 +43,7 @@ class Plan(NamedTuple):
     graph_rows: row count up to which a device graph may be captured (0: no graphs).
     gather_from: rows on every rank from which the weight is gathered; 0: never.
     outputs: b of the grid; wire_bytes: of a chunk of a row on the way out, if it travels in 8 bits.
+    tail: how many of a chunk's elements are behind its columns, see `pair.Pair`.
     """
 
     size: int
@@ -53,10 +55,11 @@ class Plan(NamedTuple):
     buffer_bytes: int
     outputs: int = 1
     wire_bytes: int = 0
+    tail: int = 0
 
     @property
     def chunk(self) -> int:
-        """Input columns of one rank, K/a."""
+        """Input columns of one rank, K/a, and the tail."""
         return self.columns * self.outputs // self.size
 
     @property
@@ -99,9 +102,10 @@ def most_rows(plan: Plan, rows: int) -> int:
     return max(rows, plan.size * min(rows, uncut))
 
 
-def run(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def run(layer: Any, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
     """Run one step of a sharded o_proj: x [..., K] -> [..., hidden], same dtype.
 
+    positions: of the rows, [...], where they travel with them.
     Raises OprojError when row counts or, in debug mode, the ranks' places differ, and when a rank
     does not take part within the group's timeout.
     """
@@ -120,7 +124,8 @@ def run(layer: Any, x: torch.Tensor) -> torch.Tensor:
             group.gathers += 1
             output = weight_gather.run(mine, layer)
         else:
-            output = exchange(layer, mine, counts, pattern.parts)
+            tail = None if positions is None else placed(positions.reshape(-1), x.dtype)
+            output = exchange(layer, mine, counts, pattern.parts, tail)
     except CollectiveError as error:
         told = f"{mine.shape[0]} of {list(counts) or 'unknown counts'}"
         where = f"step {step} at {shard.name}"
@@ -128,17 +133,20 @@ def run(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return output if x.dim() == 2 else output.view(*x.shape[:-1], plan.hidden)
 
 
-def exchange(layer: Any, x: torch.Tensor, counts: Counts, parts: int = 1) -> torch.Tensor:
+def exchange(
+    layer: Any, x: torch.Tensor, counts: Counts, parts: int = 1, tail: torch.Tensor | None = None
+) -> torch.Tensor:
     """Dispatch, multiply, combine: x [rows, K] -> [rows, hidden], in `parts` parts.
 
-    rows may be fewer than this rank's count: the rest travels as zeros. While a part is
-    multiplied, the next one is on its way out and the last one on its way back.
+    tail: what travels behind each chunk of a row, [rows, elements]. rows may be fewer than this
+    rank's count: the rest travels as zeros. While a part is multiplied, the next one is on its way
+    out and the last one on its way back.
     """
     shard, group, plan = layer.oproj, layer.oproj.group, layer.oproj.plan
     # A chunk of 8 bits is not the rows that the quant method knows.
     close, open_ = (shard.wire.close, shard.wire.open) if shard.wire else (_as_it_is,) * 2
     if parts == 1:
-        arrived = dispatch(close(x), counts, group, plan).wait()
+        arrived = dispatch(close(x), counts, group, plan, tail=tail).wait()
         partial = shard.gemm(open_(arrived), counts)
         mine = add_up(combine(partial, counts, group).wait(), plan.outputs)
         return mine if len(mine) == len(x) else mine[: len(x)]
@@ -149,7 +157,8 @@ def exchange(layer: Any, x: torch.Tensor, counts: Counts, parts: int = 1) -> tor
     output = x.new_empty((x.shape[0], plan.hidden))
 
     def leave(part: int) -> Arriving:
-        return dispatch(close(x[own[part]]), some[part], group, plan, part % 2)
+        behind = None if tail is None else tail[own[part]]
+        return dispatch(close(x[own[part]]), some[part], group, plan, part % 2, behind)
 
     def finish(part: int, back: Arriving) -> None:
         mine = output[own[part]]
@@ -188,12 +197,14 @@ class Arriving(NamedTuple):
 
 
 def dispatch(
-    x: torch.Tensor, counts: Counts, group: OtpGroup, plan: Plan, lane: int | None = None
-) -> Arriving:
+    x: torch.Tensor, counts: Counts, group: OtpGroup, plan: Plan, lane: int | None = None,
+    tail: torch.Tensor | None = None,
+) -> Arriving:  # fmt: skip
     """Send x [rows, a * width] out: [sum(counts), width] arrives, by owner, same dtype.
 
     width: as in the plan, K/a where rows travel in the model's type.
     lane: which buffers a part of a step uses; None: of the whole step, which waits for the rows.
+    tail: [rows, at most plan.tail], what goes to every rank behind its chunk.
     The result is valid until the lane's next part, or the group's next step.
     """
     n, mine, given = group.size, counts[group.rank], x.shape[0]
@@ -203,7 +214,11 @@ def dispatch(
     if given < mine:
         own = send[:, :, :given]
         send[:, :, given:].zero_()
-    own.copy_(x.view(given, ways, 1, width).permute(1, 2, 0, 3))
+    columns = width - plan.tail
+    if tail is not None:
+        own[..., columns : columns + tail.shape[1]].copy_(tail)
+        own = own[..., :columns]
+    own.copy_(x.view(given, ways, 1, columns).permute(1, 2, 0, 3))
     received = buffer("dispatch receive", (sum(counts), width), x, group, lane)
     flat = send.view(n * mine, width)
     work = _all_to_all(received, flat, counts, (mine,) * n, group, lane is not None)

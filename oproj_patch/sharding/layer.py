@@ -23,6 +23,7 @@ from ..errors import OprojError, OprojValueError
 from ..settings import GRID, TOGGLE
 from . import exchange, grid, otp_group, weight_gather, wire
 from .otp_group import Counts, LayerScope, LayerTPGroup, OtpGroup
+from .pair import Pair
 from .rows import HostPass
 from .topology import Grid
 from .wire import Wire
@@ -32,7 +33,7 @@ from .wire import Wire
 # MiniMax-Text-01); vLLM cuts their rows inside the layer, and nobody announces those counts.
 _O_PROJ = re.compile(
     r"(^|\.)((self_attn|self_attention|attn|attention|mixer)(\.\d+)?\.o_proj"
-    r"|layers\.\d+\.o_proj|attention\.dense)$"
+    r"|layers\.\d+\.o_proj|attention\.dense|(self_attn|attn)\.wo_b)$"
 )
 # An encoder runs only on the ranks that have an image or a sound to encode.
 _NOT_A_DECODER = re.compile(
@@ -77,6 +78,7 @@ class Shard:
     gather_verified: a gather was seen to give what an exchange gives.
     mixes_rows: one row changes another's result in the quant method, which then gets the rows of
         one owner at a time.
+    pair: of the second of two layers that are one step; alone: why its first one is whole.
     """
 
     name: str
@@ -99,20 +101,27 @@ class Shard:
     leads: bool = False
     gather_verified: bool = False
     mixes_rows: bool | None = None
+    pair: Pair | None = None
+    alone: str = ""
 
     def gemm(self, x: Any, counts: Counts = ()) -> torch.Tensor:
         """Multiply x [sum(counts), K/a] by the local shard -> [sum(counts), hidden/b].
 
-        The layer's quant method does it; the bias is added on the first rank of `tp` only.
-        x: rows, or what the layer's own wire has in their place.
+        Of two layers that are one step it runs both. x: rows, or what the layer's own wire has in
+        their place.
         """
+        run = self.apply if self.pair is None else self.pair.run
+        if self.mixes_rows and len(counts) > 1:
+            blocks = [rows for rows in x.split(list(counts)) if rows.shape[0]] or [x]
+            return torch.cat([run(block) for block in blocks])
+        return run(x)
+
+    def apply(self, x: Any) -> torch.Tensor:
+        """Run the layer's quant method; the bias is added on the first rank of `tp` only."""
         layer = self.layer
         bias = None if self.tp.rank_in_group > 0 or layer.skip_bias_add else layer.bias
         # Some quant methods decide by rank at this time what is added once (vllm-ascend's W8A8).
         with LayerScope(self.parallel_state, self.tp):
-            if self.mixes_rows and len(counts) > 1:
-                blocks = [rows for rows in x.split(list(counts)) if rows.shape[0]] or [x]
-                return torch.cat([layer.quant_method.apply(layer, b, bias) for b in blocks])
             output: torch.Tensor = layer.quant_method.apply(layer, x, bias)
         return output
 
@@ -136,9 +145,11 @@ class ShardedMixin:
 def construct(
     init: Callable[..., None], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
     group: OtpGroup, parallel_state: Any, host: HostPass,
+    first: Pair | str | None = None,
 ) -> None:  # fmt: skip
     """Run `init`, the host's bound constructor, so that `layer` becomes a sharded o_proj.
 
+    first: of two layers that can be one step: what is built of the first, or why it is whole.
     Raises OprojError when the weight cannot be divided or the host refuses.
     """
     signature = inspect.signature(init)
@@ -147,6 +158,10 @@ def construct(
     prefix, columns = given.arguments["prefix"], given.arguments["input_size"]
     hidden = given.arguments["output_size"]
     own, whole = grid.of_layer(given.arguments, group)
+    pair = first if isinstance(first, Pair) else None
+    alone = first if isinstance(first, str) else ""
+    if pair is not None and own != (plain := Grid(group.size, 1)):
+        own, whole = plain, f"{pair.first.oproj.name} is sharded with it"
     # To the host it is a row-parallel layer of these outputs alone. Other plugins' wrappers find
     # each argument as the caller gave it, by name or by place.
     outputs, place = hidden // own.outputs, [*signature.parameters].index("output_size")
@@ -157,7 +172,7 @@ def construct(
     cls: type = type(layer)
     names = (getattr(init, "__module__", ""), parallel_state.__name__)
     _warn_of_bypassed(cls, tuple(name.partition(".")[0] for name in names))
-    layer.__class__ = _sharded_class(cls)
+    layer.__class__ = _sharded_class(cls, _forward)
     name, count = prefix, 1
     while name in group.layers:  # a drafter may name its layers as the model does
         count += 1
@@ -166,7 +181,7 @@ def construct(
     # nn.Module.__setattr__ would look for tables that do not exist before its __init__.
     layer.__dict__["oproj"] = Shard(
         name, label_type(name), host.traceable(), layer, group, host, parallel_state,
-        own, hidden, whole, group.layer_tp[own],
+        own, hidden, whole, group.layer_tp[own], pair=pair, alone=alone,
     )  # fmt: skip
     try:
         with LayerScope(parallel_state, layer.oproj.tp):
@@ -187,15 +202,53 @@ def construct(
         ) from error
     layer.output_size = hidden  # what the layer returns; its part is output_size_per_partition
     grid.check_blocks(layer)
-    layer.oproj.wire = wire.of_layer(layer)
-    # vLLM marks along what a parameter is cut; a quant method may replace the parameter.
-    for key, param in layer.named_parameters(recurse=False):
-        along = (getattr(param, dim, None) is not None for dim in ("input_dim", "output_dim"))
-        layer.oproj.cut[key] = math.prod(n for n, cut in zip(own, along, strict=True) if cut)
+    if pair is None:
+        layer.oproj.wire = wire.of_layer(layer)
+    _note_cuts(layer, own)
     _measure(layer)
     _see_own_group_after_loading(layer)
     group.layers[name] = layer
     _register_op(label_type)
+
+
+def construct_first(
+    init: Callable[..., None], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
+    group: OtpGroup, parallel_state: Any, host: HostPass,
+) -> Pair:  # fmt: skip
+    """Run `init` so that the column-parallel `layer` holds whole groups of outputs of this rank.
+
+    Raises OprojError when the host cannot build it.
+    """
+    given = inspect.signature(init).bind(*args, **kwargs).arguments
+    prefix, plain = given["prefix"], Grid(group.size, 1)
+    cls: type = type(layer)
+    layer.__class__ = _sharded_class(cls, None)
+    layer.__dict__["oproj"] = shard = Shard(
+        prefix, prefix, False, layer, group, host, parallel_state,
+        plain, given["output_size"], "", group.layer_tp[plain],
+    )  # fmt: skip
+    try:
+        with LayerScope(parallel_state, shard.tp):
+            init(*args, **kwargs)
+    except Exception as error:
+        raise OprojValueError(
+            "OPROJ006",
+            f"{TOGGLE} is {group.size}, and vLLM cannot build {prefix} as one of "
+            f"{group.tp_size * group.size} parts of {given['output_size']} outputs "
+            f"({type(error).__name__}: {error}): if vLLM builds this model with the variable "
+            "unset, choose a smaller group size or report the model.",
+        ) from error
+    _note_cuts(layer, Grid(1, group.size))
+    _see_own_group_after_loading(layer)
+    return Pair(layer)
+
+
+def _note_cuts(layer: Any, ways: Grid) -> None:
+    """Note in how many parts each parameter is cut; ways: along the input, the output."""
+    # vLLM marks along what a parameter is cut; a quant method may replace the parameter.
+    for key, param in layer.named_parameters(recurse=False):
+        along = (getattr(param, dim, None) is not None for dim in ("input_dim", "output_dim"))
+        layer.oproj.cut[key] = math.prod(n for n, cut in zip(ways, along, strict=True) if cut)
 
 
 def require_sharded(owner: Any, prefix: str) -> None:
@@ -248,8 +301,10 @@ def check_attentions(model: Any, built: Sequence[str], attentions: Mapping[str, 
     """
     owners = {name: name.partition("#")[0].rpartition(".")[0] for name in built}
     for prefix, layer in attentions.items():
-        # Only softmax attentions have an `impl`: those of linear attentions are the layer itself.
-        softmax = hasattr(layer, "impl") and hasattr(layer, "kv_cache")
+        # Only softmax attentions have an `impl`, or (DeepSeek V4) do its work themselves: those of
+        # linear attentions are the layer itself.
+        softmax = hasattr(layer, "impl") or hasattr(layer, "forward_mqa")
+        softmax = softmax and hasattr(layer, "kv_cache")
         if not built or not softmax or getattr(layer, "attn_type", "decoder") != "decoder":
             continue
         own = [name for name, owner in owners.items() if _is_below(prefix, owner)]
@@ -284,13 +339,16 @@ def settle(group: OtpGroup) -> None:
         shard = layer.oproj
         if shard.plan is not None:
             continue
-        if all(p.numel() for p in layer.parameters(recurse=False)):  # a CPU empties what it packs
+        if all(p.numel() for p in _parameters(layer).values()):  # a CPU empties what it packs
             _measure(layer)
+        element, pair = layer.params_dtype.itemsize, shard.pair
         least = weight_gather.threshold(layer, group)
+        chunk = layer.input_size_per_partition if pair is None else pair.chunk(group, element)
         shard.plan = exchange.Plan(
-            group.size, layer.input_size_per_partition * shard.grid.inputs, shard.hidden,
-            layer.params_dtype.itemsize, group.graph_rows, least, exchange.BUFFER_BYTES,
+            group.size, chunk * shard.grid.inputs, shard.hidden,
+            element, group.graph_rows, least, exchange.BUFFER_BYTES,
             shard.grid.outputs, shard.wire.width if shard.wire else 0,
+            0 if pair is None else pair.tail(element),
         )  # fmt: skip
         # Ranks that gather different things would wait for each other for ever.
         pieces = weight_gather.pieces(layer) if least else {}
@@ -308,6 +366,10 @@ def summary(group: OtpGroup) -> str:
     told = f" ({len(others)} layers {others[0].grid}: {others[0].whole})" if others else ""
     if narrow := sum(shard.wire is not None for shard in shards):
         told += f"; {narrow} layers send rows in 8 bits"
+    if pairs := sum(shard.pair is not None for shard in shards):
+        told += f"; {pairs} layers with their wo_a"
+    if alone := [shard.alone for shard in shards if shard.alone]:
+        told += f"; wo_a of {len(alone)} layers is whole ({alone[0]})"
     return (
         f"oproj_patch {__version__}: o_proj sharded {group.size}-way over ranks {group.ranks}: "
         f"{len(group.layers)} layers, {(kept + saved) / gib:.3f} GiB -> {kept / gib:.3f} GiB on "
@@ -316,17 +378,22 @@ def summary(group: OtpGroup) -> str:
     )
 
 
+def subclass(cls: type, namespace: dict[str, Any], *mixins: type) -> type:
+    """Return a subclass of `cls` on the fly; features keyed on names see `cls`."""
+    told = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls.__name__, (*mixins, cls), told | namespace)
+
+
 @functools.cache
-def _sharded_class(cls: type) -> type:
-    """Return a subclass of `cls` whose instances are sharded; features keyed on names see `cls`."""
+def _sharded_class(cls: type, forward: Callable[..., Any] | None) -> type:
+    """Return a subclass of `cls` whose instances are sharded; None: they keep their forward."""
     if issubclass(cls, ShardedMixin):
         return cls
-    namespace = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    namespace["forward"] = _forward
+    namespace = {} if forward is None else {"forward": forward}
     for loader in ("weight_loader", "weight_loader_v2"):
         if hasattr(cls, loader):
             namespace[loader] = _seeing_own_group(cls, loader)
-    return type(cls.__name__, (ShardedMixin, cls), namespace)
+    return subclass(cls, namespace, ShardedMixin)
 
 
 def _seeing_own_group(cls: type, name: str) -> Callable[..., Any]:
@@ -365,6 +432,9 @@ def _forward(self: Any, input_: torch.Tensor, *_: Any, **__: Any) -> Any:
     # Traced by torch.compile: plain attribute reads, one opaque op, vLLM's own all-reduce.
     shard = self.oproj
     group = shard.group
+    if shard.pair is not None:  # within the step of the two
+        output = shard.apply(input_)
+        return (output, None) if self.return_bias else output
     if not self.input_is_parallel and group.tp_size > 1:
         input_ = input_.chunk(group.tp_size, dim=-1)[group.tp_rank]
     output = step(self, input_)
@@ -390,8 +460,9 @@ _library: torch.library.Library | None = None
 
 
 def _register_op(label: type) -> None:
-    """Define `torch.ops.oproj_patch.o_proj(x, layer, hidden)` once.
+    """Define `torch.ops.oproj_patch.o_proj(x, layer, hidden)` once, and `o_proj_pair`.
 
+    The latter is for two layers that are one step; it takes the rows' positions after x.
     A Library's op costs 4 us a call, one of torch.library.custom_op 11.
     label: type of the argument `layer`: `str`, or the host's opaque type with the name in its
         `value`, which keeps the graphs of equal layers equal (one compilation).
@@ -401,18 +472,28 @@ def _register_op(label: type) -> None:
         return
 
     def o_proj(x: torch.Tensor, layer: Any, hidden: int) -> torch.Tensor:
-        return _run(x, layer if isinstance(layer, str) else layer.value)
+        return run(x, layer if isinstance(layer, str) else layer.value)
+
+    def o_proj_pair(
+        x: torch.Tensor, positions: torch.Tensor, layer: Any, hidden: int
+    ) -> torch.Tensor:
+        return run(x, layer if isinstance(layer, str) else layer.value, positions)
+
+    def fake(x: torch.Tensor, *given: Any) -> torch.Tensor:
+        return x.new_empty((*x.shape[:-1], given[-1]))
 
     tensor = torch.Tensor
-    o_proj.__annotations__.update({"x": tensor, "layer": label, "hidden": int, "return": tensor})
+    types = {"x": tensor, "positions": tensor, "layer": label, "hidden": int, "return": tensor}
     _library = torch.library.Library("oproj_patch", "FRAGMENT")
-    _library.define("o_proj" + torch.library.infer_schema(o_proj, mutates_args=()))
-    _library.impl("o_proj", o_proj, "CompositeExplicitAutograd")
-    _library._register_fake("o_proj", lambda x, layer, hidden: x.new_empty((*x.shape[:-1], hidden)))
+    for op in (o_proj, o_proj_pair):
+        op.__annotations__.update({name: types[name] for name in op.__annotations__})
+        _library.define(op.__name__ + torch.library.infer_schema(op, mutates_args=()))
+        _library.impl(op.__name__, op, "CompositeExplicitAutograd")
+        _library._register_fake(op.__name__, fake)
 
 
-def _run(x: torch.Tensor, name: str) -> torch.Tensor:
-    """Implement the custom op."""
+def run(x: torch.Tensor, name: str, positions: torch.Tensor | None = None) -> torch.Tensor:
+    """Implement the custom op: x [..., K], positions [...] of a pair that needs them."""
     group = otp_group.require(name)
     layer = group.layers[name]
     if group.checked < len(group.layers):
@@ -423,7 +504,7 @@ def _run(x: torch.Tensor, name: str) -> torch.Tensor:
         group.checked = len(group.layers)
     if layer.oproj.mixes_rows is None:
         layer.oproj.mixes_rows = _mixes_rows(layer, x)
-    return exchange.run(layer, x)
+    return exchange.run(layer, x, positions)
 
 
 def _mixes_rows(layer: Any, like: torch.Tensor) -> bool:
@@ -436,12 +517,12 @@ def _mixes_rows(layer: Any, like: torch.Tensor) -> bool:
     if type(layer.quant_method).__name__.startswith("Unquantized"):
         return False
     shard = layer.oproj
-    columns = shard.plan.chunk
+    columns = layer.input_size_per_partition
     rows = torch.arange(16 * columns, device=like.device).sin().view(16, columns).to(like.dtype)
     even, odd = rows.clone(), rows.clone()
     even[0::2] *= 1000  # a method may look at the first row, the last one, or neighbors
     odd[1::2] *= 1000
-    quiet, by_even, by_odd, again = (shard.gemm(x).float() for x in (rows, even, odd, rows))
+    quiet, by_even, by_odd, again = (shard.apply(x).float() for x in (rows, even, odd, rows))
     largest = quiet.abs().max()
     if (again - quiet).abs().max() > 0.05 * largest:  # far above what the order of a sum changes
         raise OprojError(
@@ -456,18 +537,28 @@ def _mixes_rows(layer: Any, like: torch.Tensor) -> bool:
 
 
 def _measure(layer: Any) -> None:
-    """Record bytes and shapes of the parameters."""
-    shard = layer.oproj
-    params = list(layer.named_parameters(recurse=False))
-    sizes = {name: param.numel() * param.element_size() for name, param in params}
+    """Record bytes and shapes of the parameters, of both layers of a pair."""
+    shard, params = layer.oproj, _parameters(layer)
+    sizes = {name: param.numel() * param.element_size() for name, param in params.items()}
+    cut = dict(shard.cut)
+    if shard.pair is not None:
+        cut |= {f"first {name}": ways for name, ways in shard.pair.first.oproj.cut.items()}
     shard.kept = sum(sizes.values())
     # What a quant method makes of a parameter, under another name, is cut as the weight is.
-    cut = [(size, shard.cut.get(name, shard.group.size)) for name, size in sizes.items()]
-    shard.saved = sum(size * (ways - 1) for size, ways in cut)
+    shard.saved = sum(size * (cut.get(name, shard.group.size) - 1) for name, size in sizes.items())
     shard.description = " ".join(
         [type(layer.quant_method).__name__]
-        + [f"{name}:{tuple(param.shape)}:{param.dtype}" for name, param in params]
+        + [f"{name}:{tuple(param.shape)}:{param.dtype}" for name, param in params.items()]
     )
+
+
+def _parameters(layer: Any) -> dict[str, torch.Tensor]:
+    """Return a layer's own parameters by name, and those of the first of two."""
+    params = dict(layer.named_parameters(recurse=False))
+    if layer.oproj.pair is not None:
+        own = layer.oproj.pair.first.named_parameters(recurse=False)
+        params |= {f"first {name}": param for name, param in own}
+    return params
 
 
 @functools.cache

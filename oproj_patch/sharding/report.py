@@ -41,7 +41,9 @@ def block(error: OprojError, records: Records, facts: Record) -> str:
             lines.append(f"  rank {rank}: no answer")
             continue
         values = [record.get(WHERE, "")] + [
-            f"{name} {record.get(name, 'none')}" for name in own if name != WHERE
+            f"{name} {record.get(name, 'none')}"
+            for name in own
+            if name != WHERE and record.get(name) != ""
         ]
         node = f" (node {record[NODE]})" if NODE in record else ""
         lines.append(f"  rank {rank}{node}: {', '.join(filter(None, values))}")

@@ -52,6 +52,8 @@ def threshold(layer: Any, group: OtpGroup) -> int:
 
 def obstacle(layer: Any, group: OtpGroup) -> str:
     """Return why `layer` cannot be gathered, after its weights were processed; empty if it can."""
+    if layer.oproj.pair is not None:
+        return "two layers are one step"
     held = pieces(layer)
     for name, tensor in held.items():
         kind = type(tensor)

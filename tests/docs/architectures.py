@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tests.ranks import v4
+
 CONSTRUCTED: Mapping[str, dict[str, Any]] = {
     "AXK1ForCausalLM": {
         "model_type": "axk1",
@@ -181,6 +183,7 @@ CONSTRUCTED: Mapping[str, dict[str, Any]] = {
         "architectures": ["DeepseekV3ForCausalLM"],
         "num_hidden_layers": 4,
     },
+    "DeepseekV4ForCausalLM": v4.config(256, 8, 4, compress_ratios=[0, 128, 4, 128]),
     "Eagle3DeepseekV2ForCausalLM": {
         "model_type": "deepseek_v3",
         "architectures": ["DeepseekV3ForCausalLM"],
@@ -612,8 +615,13 @@ READ: Mapping[str, tuple[str, ...]] = {
         "Qwen4ExpMTP",
     ),
     "vLLM does not build it on a CPU or without memory": (
+        "DSparkDraftModel",
+        "DSparkV41DraftModel",
+        "DeepSeekV4MTPModel",
         "DeepseekV32ForCausalLM",
         "DeepseekV32MTPModel",
+        "DeepseekV41ForCausalLM",
+        "DeepseekV4ForConditionalGeneration",
         "Dots3NoteForCausalLM",
         "Dots3NoteMTPModel",
         "GlmMoeDsaForCausalLM",
@@ -652,14 +660,6 @@ READ: Mapping[str, tuple[str, ...]] = {
 """Sharded by what its source says, and not constructed: why not."""
 
 REFUSED: Mapping[str, tuple[str, ...]] = {
-    "`OPROJ015`: its output projection is wo_a and wo_b, not an o_proj": (
-        "DSparkDraftModel",
-        "DSparkV41DraftModel",
-        "DeepSeekV4MTPModel",
-        "DeepseekV41ForCausalLM",
-        "DeepseekV4ForCausalLM",
-        "DeepseekV4ForConditionalGeneration",
-    ),
     "`OPROJ004`: vLLM finds no number of experts in its configuration, so it runs the ranks as "
     "those of a dense model": ("DbrxForCausalLM",),
     "`OPROJ007`: its attention has no KV cache": (

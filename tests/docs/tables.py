@@ -30,9 +30,11 @@ def seams() -> str:
     The module of a symbol, and what follows a semicolon in the reason, stay in the code.
     """
     from oproj_patch import activation
-    from oproj_patch.hosts import ascend_option, lora, vllm, vllm_ascend
+    from oproj_patch.hosts import ascend_option, deepseek_v4, lora, vllm, vllm_ascend
 
-    upstream = (activation.group_seam(), *vllm.Vllm({}).seams(None), *lora.seams(""))
+    host = vllm.Vllm({})
+    v4 = deepseek_v4.seams(host, None)
+    upstream = (activation.group_seam(), *host.seams(None), *v4, *lora.seams(""))
     own = vllm_ascend.registry(vllm_ascend.VllmAscend({}))
     ascend = (*ascend_option.seams(Settings(size=2)), *own)
     rows: dict[tuple[str, str], dict[tuple[str, str], None]] = {}
@@ -93,9 +95,11 @@ EVIDENCE: Mapping[str, str] = {
     "torchair": "tests/hosts/test_ascend_torchair.py::test_torchair_traces_whole[HOST]",
     "engine": "tests/engines/test_offline.py::test_experts",
     "MTP": "tests/engines/test_mtp.py::test_drafter",
+    "V4": "tests/engines/test_deepseek_v4.py::test_same_tokens[both]",
+    "V4 layers": f"{_ASCEND_LAYER}deepseek_v4_with_a_stand_in_for_npu_transpose_batchmatmul[HOST]",
     "oldest engine": "tests/engines/test_releases.py::test_oldest_engine",
 }
-_ENGINES = {"0.28.0": "oldest engine", INSTALLED: "engine, MTP"}
+_ENGINES = {"0.28.0": "oldest engine", INSTALLED: "engine, MTP, V4"}
 # What is run of each vllm-ascend release: models, more with idle ranks, and what torchair traces.
 # 0.9.1 has no sparse attention, the releases after 0.11.0 no torchair.
 _ASCEND_LAYERS: Mapping[str, tuple[str, str, str]] = {
@@ -103,7 +107,7 @@ _ASCEND_LAYERS: Mapping[str, tuple[str, str, str]] = {
     "0.11.0": ("model, sparse class", "", "torchair"),
     "0.13.0": ("model, sparse", "", ""),
     "0.18.0": ("model, sparse", "", ""),
-    "0.23.0": ("model, sparse, grouped query, TP 2", ", proposer", ""),
+    "0.23.0": ("model, sparse, grouped query, TP 2, V4 layers", ", proposer", ""),
     "0.23.0.post1": ("model, sparse", "", ""),
     "0.26.0rc1": ("model, sparse", "", ""),
     "0.30.0rc2": ("model, sparse, TP 2", ", proposer", ""),

@@ -20,7 +20,7 @@ import torch
 from oproj_patch.releases import ASCEND_RELEASES, in_range
 from oproj_patch.sharding import topology
 from tests.graphs import emulator
-from tests.ranks import launch
+from tests.ranks import launch, v4
 from tests.ranks.layers import bytes_sent, on_grid, whole
 
 from . import ascend
@@ -604,3 +604,94 @@ def two_by_two(model: str) -> None:
         layer, error, scale = _quantized(config, "W8A8", 10, [16, 128], 2)
         bias = float((layer.quant_bias.float() * layer.deq_scale.float()).abs().min())
         assert error <= 8e-3 * scale < bias / 4
+
+
+@pytest.mark.parametrize("host", [Host("ascend", "0.23.0")], indirect=True, ids=str)
+def test_deepseek_v4_with_a_stand_in_for_npu_transpose_batchmatmul(
+    host: Host, tmp_path: Path
+) -> None:
+    """wo_a and wo_b in one step, and wo_b alone, with idle ranks; the static bias once."""
+    model = ascend.write_model(tmp_path, v4.config(64, 8, layers=6))
+    env = ascend.variables(host, 2)
+    launch.run(2, deepseek_v4, model, env=env, fresh=True, seconds=SECONDS)
+
+
+def deepseek_v4(model: str) -> None:
+    import torch_npu
+
+    from oproj_patch.hosts import deepseek_v4 as v4_host
+
+    torch_npu.npu_transpose_batchmatmul = lambda x, weight, **_: torch.einsum(
+        "tgk,gkr->tgr", x, weight
+    )
+    with ascend.worker(model, 2, dtype="bfloat16") as config:
+        kernels()
+        quantization_kernels()
+        kinds = (("FLOAT", 8e-3), ("W8A8", 8e-3), ("W8A8_DYNAMIC", 2e-2))
+        for place, (outputs, (kind, limit)) in enumerate((b, k) for b in (1, 2) for k in kinds):
+            with on_grid(2 // outputs, outputs):
+                attention, unsharded = _v4_attention(config, place, kind)
+            v4_host.join(attention, ascend=True)
+            layer = attention.wo_b
+            assert layer.oproj.grid == (2 // outputs, outputs)
+            assert (layer.oproj.pair is not None) == (outputs == 1)
+            _v4_steps(config, attention, unsharded, limit)
+
+
+def _v4_attention(config: Any, place: int, kind: str) -> tuple[Any, Any]:
+    """Return vllm-ascend's attention, and wo_b whole with the same weights; `kind` is wo_b's."""
+    from vllm.model_executor.layers.linear import RowParallelLinear
+    from vllm_ascend.models.deepseek_v4 import DeepseekV4Attention
+
+    text, prefix = config.model_config.hf_config, f"model.layers.{place}.self_attn"
+    whole_name = f"model.layers.{place}.mlp.down_proj"
+    names = [f"{prefix}.{name}" for name in ("wq_a", "wq_b", "wkv", "wo_a")]
+    description = {f"{name}.weight": "FLOAT" for name in names}
+    description |= {f"{prefix}.wo_b.weight": kind, f"{whole_name}.weight": kind}
+    quant_config = config.quant_config = _quant_config(description)
+    attention = DeepseekV4Attention(
+        config, text, 512, config.cache_config, quant_config, prefix=prefix
+    )
+    unsharded = RowParallelLinear(
+        text.o_groups * v4.RANK, text.hidden_size, bias=False, quant_config=quant_config,
+        prefix=whole_name, return_bias=False,
+    )  # fmt: skip
+    own = dict(attention.wo_b.named_parameters())
+    for seed, (name, parameter) in enumerate(unsharded.named_parameters()):
+        full = _drawn(name, tuple(parameter.shape), parameter.dtype, seed)
+        if kind == "FLOAT":
+            full = whole(*parameter.shape, parameter.dtype, seed=3)
+        own[name].weight_loader(own[name], full)
+        parameter.weight_loader(parameter, full)
+    first = attention.wo_a.weight
+    first.weight_loader(first, _first(text))
+    for layer in (attention.wo_a, attention.wo_b, unsharded):
+        layer.quant_method.process_weights_after_loading(layer)
+    return attention, unsharded
+
+
+def _first(text: Any) -> torch.Tensor:
+    """Return the whole wo_a [groups * rank, heads of a group * head size]."""
+    return whole(text.o_groups * v4.RANK, v4.HEAD_DIM, torch.bfloat16, seed=4)
+
+
+def _v4_steps(config: Any, attention: Any, unsharded: Any, limit: float) -> None:
+    """Compare each step with the unsharded layers; an idle rank's output is zero."""
+    impl, text = attention.dsa_attn.dsa_attn.impl, config.model_config.hf_config
+    assert type(impl).__name__ == "AscendDSAImpl"
+    mine, name = config.parallel_config.data_parallel_rank, attention.wo_b.oproj.name
+    for counts in ([3, 5], [4, -2], [-1, 3], [-1, -1]):
+        rows = abs(counts[mine])
+        output = torch.full((rows, text.hidden_size), 7.0, dtype=torch.bfloat16)
+        told = None if counts[mine] < 0 else {name: ascend.metadata(rows)}
+        o = whole(rows, 8 * v4.HEAD_DIM, torch.bfloat16, seed=60 + mine).view(rows, 8, -1) * 9
+        with torch.inference_mode(), forward_context(config, rows, told):
+            if told is None:
+                impl.forward(name, o, None, None, False, output)
+                assert not output.any()
+                continue
+            impl._forward_o_proj(o, output)
+            z = torch.einsum("tgk,grk->tgr", o, _first(text).view(8, v4.RANK, -1))
+            expected = unsharded(z.reshape(rows, -1))
+        error = float((output - expected).abs().max())
+        assert error <= limit * float(expected.abs().max()), (counts, error)

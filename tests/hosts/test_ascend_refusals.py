@@ -11,7 +11,6 @@ import importlib
 import inspect
 import os
 import re
-import sys
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -254,7 +253,7 @@ def test_a_symbol_that_is_gone_is_named_and_nothing_is_patched(here: Here) -> No
     for wanted in (name, "cannot be found", "vllm_ascend/attention/mla_v1.py, "):
         assert wanted in told
     for seam in detect().seams(None):
-        if seam.lazy and seam.module not in sys.modules:
+        if seam.lazy:  # not in every release
             continue
         found = wrapt.resolve_path(importlib.import_module(seam.module), seam.path)[2]
         assert not isinstance(found, wrapt.FunctionWrapper), seam.symbol

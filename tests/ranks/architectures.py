@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import tempfile
@@ -34,6 +35,7 @@ def construct(architecture: str, config: Config) -> dict[str, int]:
 
     from oproj_patch.sharding import otp_group
 
+    importlib.import_module("vllm.v1.worker.cpu.shm")  # gives a CPU torch.cuda.Event
     join_world()
     with mock.patch.dict(os.environ, {SIZE: "2"}), tempfile.TemporaryDirectory() as directory:
         load_general_plugins()
@@ -53,5 +55,6 @@ def construct(architecture: str, config: Config) -> dict[str, int]:
             return {
                 prefix: sum(f"{prefix}.".startswith(f"{owner}.") for owner in owners)
                 for prefix, layer in made.compilation_config.static_forward_context.items()
-                if hasattr(layer, "impl") and hasattr(layer, "kv_cache")
+                if (hasattr(layer, "impl") or hasattr(layer, "forward_mqa"))  # DeepSeek V4 has none
+                and hasattr(layer, "kv_cache")
             }

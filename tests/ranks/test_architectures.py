@@ -21,6 +21,7 @@ SAMPLE = (
     "BailingMoeV2_5ForCausalLM",  # linear attentions beside softmax ones
     "BailingMoeV3ForCausalLM",  # self_attn.dense, and linear attentions that are sharded
     "DeepseekForCausalLM",  # no name
+    "DeepseekV4ForCausalLM",  # wo_b, and caches of its own
     "Lfm2MoeForCausalLM",  # out_proj
     "LongcatFlashForCausalLM",  # two attentions in a layer
 )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -180,9 +183,38 @@ CASES: dict[str, tuple[dict[str, Any], list[list[Any]], str]] = {
         "the quantization's transform_config is given",
     ),
     "DeepSeek V4": (
-        {"model": {"architectures": ["DeepseekV4ForCausalLM"]}},
-        [],
-        "the model architecture is DeepseekV4ForCausalLM: its output projection is wo_a",
+        {},
+        [["model_config.hf_config.architectures", ["DeepseekV4ForCausalLM"]]],
+        "passes with 2",
+    ),
+    "DeepSeek V4 on ROCm": (
+        {},
+        [
+            ["model_config.hf_config.architectures", ["DeepseekV4ForCausalLM"]],
+            ["platform.is_rocm", lambda: True],
+        ],
+        "on ROCm the model architecture is DeepseekV4ForCausalLM: its kernels there (_bpre_attn",
+    ),
+    "DeepSeek V4 below LoRA layers": (
+        {},
+        [
+            ["model_config.hf_config.architectures", ["DeepseekV4ForCausalLM"]],
+            ["lora_config", True],
+        ],
+        "--enable-lora with the model architecture is DeepseekV4ForCausalLM: its two output",
+    ),
+    "DeepSeek V4.1, fused GEMM and reduce-scatter": (
+        {"tensor_parallel_size": 2},
+        [
+            ["model_config.hf_config.architectures", ["DeepseekV41ForCausalLM"]],
+            ["environment.VLLM_ENABLE_GEMM_RS", "1"],
+        ],
+        "VLLM_ENABLE_GEMM_RS with tensor parallelism and the model architecture is DeepseekV41For",
+    ),
+    "DeepSeek V4.1, tensor parallel": (
+        {"tensor_parallel_size": 2},
+        [["model_config.hf_config.architectures", ["DeepseekV41ForCausalLM"]]],
+        "passes with 2",
     ),
     "Kimi-K3, tensor parallel": (
         {"tensor_parallel_size": 2},
@@ -225,9 +257,11 @@ OTHER_CODE = {"a dense model": 4, "a dense model without data parallelism": 4} |
 def verdict(name: str, directory: Path) -> str:
     """In a process: return the refusal of a case's configuration, or how it passed.
 
-    What vLLM does not let one configure on a CPU is set on the finished configuration.
+    What vLLM does not let one configure on a CPU is set on the finished configuration, or for the
+    check on the platform or in the environment.
     """
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
 
     case, sets, _ = CASES[name]
     given = {
@@ -241,16 +275,24 @@ def verdict(name: str, directory: Path) -> str:
     }
     (directory / "config.json").write_text(json.dumps(MODEL | given.pop("model", {})))
     config = EngineArgs(model=str(directory), **given).create_engine_config()
+    held = contextlib.ExitStack()
     for path, value in sets:
         *owners, attribute = path.split(".")
         owner: Any = config
+        if owners == ["environment"]:
+            held.enter_context(mock.patch.dict(os.environ, {attribute: value}))
+            continue
+        if owners == ["platform"]:
+            held.enter_context(mock.patch.object(current_platform, attribute, value))
+            continue
         for part in owners:
             owner = getattr(owner, part)
         # The attribute exists in this release, unless it is one of older ones.
         owner.__dict__[attribute] = value
     ranks = config.parallel_config.data_parallel_size
     try:
-        Vllm({"vllm": VLLM_RELEASES[-1]}).check(config, Settings(size=2))
+        with held:
+            Vllm({"vllm": VLLM_RELEASES[-1]}).check(config, Settings(size=2))
     except OprojError as error:
         return str(error)
     return f"passes with {ranks} data-parallel ranks"

@@ -21,6 +21,8 @@ from oproj_patch.sharding.layer import check_attentions, is_o_proj
         "model.layers.3.o_proj",
         "transformer.h.3.attention.dense",
         "self_attn.o_proj",
+        "model.layers.0.attn.wo_b",
+        "model.layers.0.self_attn.wo_b",
     ],
 )
 def test_o_proj(prefix: str) -> None:

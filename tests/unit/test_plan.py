@@ -132,6 +132,44 @@ def test_r1_int8_at_8_saves_5_84_gib() -> None:
     assert row["mtp_saved_bytes_per_rank"] == R1_K * R1_HIDDEN * 7 // 8
 
 
+@pytest.mark.parametrize(
+    ("model", "saved", "bf16", "alone", "both"),
+    [
+        ("deepseek-v4-pro", 9.17, 18.35, 7.5, 12.5),
+        ("deepseek-v4-flash", 2.35, 4.70, 2.9, 4.7),
+        ("deepseek-v4.1-flash", 2.46, 4.92, 3.3, 4.9),
+    ],
+)
+def test_deepseek_v4_shards_wo_a_with_wo_b(
+    model: str, saved: float, bf16: float, alone: float, both: float
+) -> None:
+    plan, wide = (make_plan(model, load_model(model, dtype), dp=32) for dtype in ("int8", "bf16"))
+    row = next(row for row in plan["rows"] if row["otp_size"] == 8)
+    assert round(row["saved_bytes_per_rank"] / GIB, 2) == saved
+    assert round(wide["rows"][2]["saved_bytes_per_rank"] / GIB, 2) == bf16
+    assert [(wire["layers"], wire["grid"]) for wire in row["wires"]] == [
+        ("wo_a, wo_b", "8x1"),
+        ("wo_b", "4x2"),
+    ]
+    assert [round(wire["bytes_per_token_Nx1"] / 2**20, 1) for wire in row["wires"]] == [both, alone]
+    assert row["wires"][1]["bytes_per_token"] < row["wires"][1]["bytes_per_token_Nx1"]
+    assert row["exchange_bytes_per_token"] == row["wires"][0]["bytes_per_token"]
+
+
+def test_deepseek_v4_shards_wo_b_alone_where_groups_do_not_divide() -> None:
+    shape = load_model("deepseek-v4-flash", "int8")
+    plan = make_plan("deepseek-v4-flash", shape, dp=32, tp=2)
+    rows = {row["otp_size"]: row for row in plan["rows"]}
+    elements = 43 * 4096 * 8192 // 2  # of each of the two layers, on a tensor-parallel rank
+    assert plan["unsharded_bytes_per_rank"] == 2 * elements
+    assert rows[4]["o_proj_bytes_per_rank"] == 2 * elements // 4
+    assert rows[8]["o_proj_bytes_per_rank"] == elements + elements // 8
+    assert [wire["layers"] for wire in rows[8]["wires"]] == ["wo_b"]
+    text = format_plan(plan)
+    assert "wo_b [4096, 8192] and wo_a in 8 groups x 43 layers" in text
+    assert all(len(line) <= 80 for line in text.partition("\nStart with")[0].splitlines())
+
+
 def test_r1_bf16_is_13_3_gib() -> None:
     plan = make_plan("deepseek-r1", load_model("deepseek-r1", "bf16"))
     assert round(plan["unsharded_bytes_per_rank"] / GIB, 1) == 13.3
@@ -201,7 +239,8 @@ def test_the_grid_is_the_one_that_the_host_takes(name: str, tp: int) -> None:
     assert len(rows) >= 3
     for row in rows:
         host.settings = Settings(size=row["otp_size"])
-        assert row["grid"] == str(host.grid(config))
+        own = [wire for wire in row["wires"] if wire.get("layers") != "wo_a, wo_b"]
+        assert (row if len(own) > 1 else own[0])["grid"] == str(host.grid(config))
 
 
 def test_outputs_that_n_does_not_divide_have_no_grid_of_1_x_n() -> None:
@@ -669,7 +708,6 @@ def test_malformed_files(
         ({"quantization_config": {"quant_method": "new"}}, "quant_method = 'new'"),
         ({"quantization_config": {"quant_method": "awq", "bits": 5}}, "name it with --dtype"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "linear attention"),
-        ({"o_lora_rank": 1024}, "o_lora_rank"),
     ],
 )
 def test_wrong_values(
