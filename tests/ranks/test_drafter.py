@@ -105,10 +105,10 @@ def blocks() -> None:
         from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 
         class InBlocks(UnquantizedLinearMethod):  # type: ignore[misc]
-            def create_weights(self, layer: Any, columns: int, *given: Any, **named: Any) -> None:
-                if columns % 96:
+            def create_weights(self, layer: Any, **given: Any) -> None:
+                if given["input_size_per_partition"] % 96:
                     raise ValueError("no whole blocks of 96 columns")
-                super().create_weights(layer, columns, *given, **named)
+                super().create_weights(layer=layer, **given)
 
         made(20, 192)
         otp_group.require("the test").main_layers = 1

@@ -52,20 +52,20 @@ def factors(number: int, place: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("world", "tp", "fully", "compiled"),
-    [(2, 1, False, False), (2, 1, False, True), (4, 2, False, False), (4, 2, True, False)],
-    ids=["2", "2-compiled", "2-tp2", "2-tp2-fully-sharded"],
+    ("world", "tp", "fully"),
+    [(2, 1, False), (4, 2, False), (4, 2, True)],
+    ids=["2", "2-tp2", "2-tp2-fully-sharded"],
     indirect=["world"],
 )
-def test_adapters(world: World, tmp_path: Path, tp: int, fully: bool, compiled: bool) -> None:
+def test_adapters(world: World, tmp_path: Path, tp: int, fully: bool) -> None:
     for number in ADAPTERS:
         write_adapter(number, tmp_path / f"adapter{number}")
     (tmp_path / "model").mkdir()
     write(CONFIG, tmp_path / "model")
-    world.run(adapted, str(tmp_path), tp, fully, compiled, seconds=120)
+    world.run(adapted, str(tmp_path), tp, fully, seconds=120)
 
 
-def adapted(directory: str, tp: int, fully: bool, compiled: bool) -> None:
+def adapted(directory: str, tp: int, fully: bool) -> None:
     """In a rank: o_proj with adapters is the unsharded sum, and exchanges once a pass."""
     import oproj_patch
 
@@ -74,9 +74,8 @@ def adapted(directory: str, tp: int, fully: bool, compiled: bool) -> None:
     try:
         config = _configuration(directory, fully)
         with model_groups(2, tp, config=config), torch.inference_mode():
-            _look_at(config, directory, tp, compiled)
+            _look_at(config, directory, tp)
     finally:
-        torch._dynamo.reset()
         oproj_patch.disable()
 
 
@@ -94,7 +93,7 @@ def _configuration(directory: str, fully: bool) -> Any:
     return config
 
 
-def _look_at(config: Any, directory: str, tp: int, compiled: bool) -> None:
+def _look_at(config: Any, directory: str, tp: int) -> None:
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.peft_helper import PEFTHelper
@@ -127,8 +126,6 @@ def _look_at(config: Any, directory: str, tp: int, compiled: bool) -> None:
     assert {type(model.get_submodule(name)).__name__ for name in NAMES} == {kind}
     assert oproj_patch.status().layers == 2
     layers = [model.get_submodule(name) for name in NAMES]
-    if compiled:
-        layers = [torch.compile(layer, fullgraph=True, dynamic=True) for layer in layers]
     for number, rows in enumerate(PASSES):
         _pass(manager, layers, number, rows[dp_rank], weights, tp, tp_rank)
     assert oproj_patch.status().exchanges == 2 * len(PASSES)
