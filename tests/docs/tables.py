@@ -110,7 +110,7 @@ _ASCEND_LAYERS: Mapping[str, tuple[str, str, str]] = {
     "0.23.0": ("model, sparse, grouped query, TP 2, V4 layers", ", proposer", ""),
     "0.23.0.post1": ("model, sparse", "", ""),
     "0.26.0rc1": ("model, sparse", "", ""),
-    "0.30.0rc2": ("model, sparse, TP 2", ", proposer", ""),
+    "0.30.0rc2": ("model, sparse", "", ""),
 }
 
 
