@@ -224,8 +224,13 @@ class Vllm(HostPass):
         chunk, dtype = layer.input_size_per_partition, wire.stored(layer)
         if getattr(layer, "input_scale", None) is None or dtype is None:
             return None
+        if getattr(layer, "input_zero_point", None) is not None:
+            return None  # its values lie around the zero point, so this scale would clip them
+        from vllm.platforms import current_platform
+
         key = getattr(layer, "_input_quant_key", getattr(layer, "input_quant_key", None))
-        if key is None:
+        # Some devices of ROCm have another fp8 than checkpoints, to which vLLM turns the weights.
+        if key is None or current_platform.fp8_dtype() != dtype:
             return wire.static(layer, chunk)
         from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation
         from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8

@@ -89,14 +89,17 @@ def bfloat16(**env: str) -> Iterator[Any]:
 
 
 def compressed(kind: str, weights: str, inputs: str) -> Any:
-    """Return a configuration; weights: scales by tensor or channel; inputs: static or token."""
+    """Return a configuration; weights: scales by tensor or channel.
+
+    inputs: static, token, or `zero point`, which is static.
+    """
     from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors
 
-    def numbers(strategy: str, dynamic: bool) -> dict[str, Any]:
-        return {"num_bits": 8, "type": kind, "symmetric": True, "strategy": strategy,
+    def numbers(strategy: str, dynamic: bool, symmetric: bool = True) -> dict[str, Any]:
+        return {"num_bits": 8, "type": kind, "symmetric": symmetric, "strategy": strategy,
                 "dynamic": dynamic}  # fmt: skip
 
-    own = ("token", True) if inputs == "token" else ("tensor", False)
+    own = ("token", True) if inputs == "token" else ("tensor", False, inputs != "zero point")
     return compressed_tensors.CompressedTensorsConfig.from_config(
         {
             "format": f"{kind}-quantized",
@@ -245,6 +248,27 @@ def groups() -> bool:
         (values, scales), (again, scaled) = quant.forward_native(x), quant.forward_native(arrived)
     assert float((scales / scaled - 1).abs().max()) <= 2**-8
     return torch.equal(values.view(torch.uint8), again.view(torch.uint8))
+
+
+@four_ranks
+def test_a_static_scale_beside_a_zero_point_does_not_clip_rows(world: World) -> None:
+    """Values lie around the zero point, so the scale would not reach those far from it."""
+    assert all(error <= 2**-7 for error in world.run(beside_a_zero_point))
+
+
+def beside_a_zero_point() -> float:
+    """In a rank: the largest error of restored rows, of their largest value, all of one sign."""
+    with bfloat16(OPROJ_WIRE="int8"):
+        layer = layers.build(
+            layers.O_PROJ, HIDDEN, COLUMNS, bias=False, params_dtype=torch.bfloat16,
+            quant_config=compressed("int", "channel", "zero point"),
+        )  # fmt: skip
+        layer.input_scale.data.fill_(0.01)
+        layer.input_zero_point.data.fill_(-128)
+        x = torch.linspace(0, 2.5, COLUMNS).to(torch.bfloat16).expand(3, -1)
+        wire = layer.oproj.wire
+        found = wire.open(wire.close(x).view(-1, wire.width)).view(x.shape)
+    return float((found - x).abs().max()) / 2.5
 
 
 # Method, or None: not quantized; OPROJ_WIRE; columns; what the sentence says.
