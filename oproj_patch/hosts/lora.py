@@ -37,8 +37,9 @@ def layer_wrapped(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
     layer = given.arguments["layer"]
     if not isinstance(layer, sharded.ShardedMixin):
         return wrapped(*args, **kwargs)
-    given.arguments["layer"] = view(layer)
-    return wrapped(*given.args, **given.kwargs)
+    given.arguments["layer"] = seen = view(layer)
+    made = wrapped(*given.args, **given.kwargs)
+    return layer if made is seen else made  # vLLM has no LoRA layer for this class
 
 
 class Step:
