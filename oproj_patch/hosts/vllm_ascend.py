@@ -198,7 +198,7 @@ class VllmAscend(Vllm):
     def shards_drafter(self, config: Any) -> bool:
         """Tell whether a drafter's graphs and passes are alike on all ranks.
 
-        Read from 0.9.1 to 0.23.0. From 0.18 on a drafter takes its mode from the target's agreed
+        Read from 0.9.1 to 0.30.0rc2. From 0.18 on a drafter takes its mode from the target's agreed
         one, as long as it has the target's rows. In 0.13.0 it chooses a graph by its own rows; in
         0.11.0 an idle rank runs an EAGLE drafter once, a working one once per token.
         """
