@@ -16,11 +16,12 @@ _SHARDED = """
     BailingMoeForCausalLM BailingMoeV25MTPModel BailingMoeV2ForCausalLM BailingMoeV2_5ForCausalLM
     BailingMoeV3ForCausalLM BailingMoeV3MTPModel BailingMoeV3VLForConditionalGeneration
     BeamForCausalLM ClefFlashForJointSchema ClefOmniForJointSchema Cohere2MoeForCausalLM ColQwen3_5
-    Cosmos3EdgeForConditionalGeneration DFlashLagunaForCausalLM DeepSeekMTPModel DeepSeekV4MTPModel
-    DeepseekForCausalLM DeepseekV2ForCausalLM DeepseekV32ForCausalLM DeepseekV32MTPModel
-    DeepseekV3BidirectionalModel DeepseekV3ForCausalLM DeepseekV41ForCausalLM DeepseekV4ForCausalLM
-    DeepseekV4ForConditionalGeneration DiffusionGemmaForBlockDiffusion Dots3NoteForCausalLM
-    Dots3NoteMTPModel Eagle3DeepseekV2ForCausalLM Eagle3DeepseekV3ForCausalLM EagleDeepSeekMTPModel
+    Cosmos3EdgeForConditionalGeneration DFlashLagunaForCausalLM DSparkDraftModel DSparkV41DraftModel
+    DeepSeekMTPModel DeepSeekV4MTPModel DeepseekForCausalLM DeepseekV2ForCausalLM
+    DeepseekV32ForCausalLM DeepseekV32MTPModel DeepseekV3BidirectionalModel DeepseekV3ForCausalLM
+    DeepseekV41ForCausalLM DeepseekV4ForCausalLM DeepseekV4ForConditionalGeneration
+    DiffusionGemmaForBlockDiffusion Dots3NoteForCausalLM Dots3NoteMTPModel
+    Eagle3DeepseekV2ForCausalLM Eagle3DeepseekV3ForCausalLM EagleDeepSeekMTPModel
     EagleLlama4ForCausalLM EagleMiniCPMForCausalLM EagleMistralLarge3ForCausalLM
     Ernie4_5_MoeForCausalLM Ernie4_5_VLMoeForConditionalGeneration Exaone4_5_MTP
     ExaoneMoEForCausalLM ExaoneMoeForCausalLM ExaoneMoeMTP FlexOlmoForCausalLM FlintForCausalLM
