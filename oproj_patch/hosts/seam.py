@@ -135,7 +135,7 @@ def install_on_import(
     """Add `seam` to `installed`, now or once `module` is imported; return the undo."""
     import wrapt
 
-    wanted = [True]  # because wrapt keeps a hook for ever
+    wanted = [True]  # because wrapt keeps a hook forever
 
     def imported(_: Any) -> None:
         if wanted:

@@ -349,7 +349,7 @@ def settle(group: OtpGroup) -> None:
             shard.grid.outputs, shard.wire.width if shard.wire else 0,
             0 if pair is None else pair.tail(element),
         )  # fmt: skip
-        # Ranks that gather different things would wait for each other for ever.
+        # Ranks that gather different things would wait for each other forever.
         pieces = weight_gather.pieces(layer) if least else {}
         shapes = {name: tuple(tensor.shape) for name, tensor in pieces.items()}
         shard.description += f" gather:{least}:{shapes} {shard.plan}"
