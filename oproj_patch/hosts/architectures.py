@@ -67,7 +67,7 @@ def told(names: Sequence[str]) -> tuple[bool, str]:
     """
     known = [name for name in names if name in SHARDED | NO_CACHE]
     if not known:
-        what = "its start is refused unless every softmax attention in it has an o_proj that is found"
+        what = "it starts only if an o_proj is found in each of its softmax attentions"
         return False, f"{', '.join(names)} is not in docs/architectures.md: {what}."
     if known[0] in NO_CACHE:
         raise OprojError(
