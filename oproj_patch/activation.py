@@ -173,7 +173,7 @@ def group_seam() -> Seam:
 def _wrap_group_creation() -> None:
     seam, version = group_seam(), lambda: f"vllm {vllm_version()}"
     # `vllm.distributed` copies the names of its `parallel_state` while it is imported: wrap after
-    # that, or the copy would keep the wrapper for ever.
+    # that, or the copy would keep the wrapper forever.
     _state.stack.callback(install_on_import(seam, "vllm.distributed", version, _state.installed))
 
 

@@ -97,7 +97,7 @@ def make_plan(
             f"and a --dp with a divisor N above 1 for which {shape.blocks[0]} * N divides {width}"
         )
 
-    # wo_a has as many elements as all groups of heads have columns of one group's rank.
+    # wo_a has heads_width x rank elements; wo_b's columns are groups x rank.
     first = shape.heads_width // tp * shape.o_proj_input // max(1, shape.groups)
 
     def joined(n: int) -> bool:

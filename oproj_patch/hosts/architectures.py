@@ -1,7 +1,7 @@
-"""What becomes of each architecture that builds experts in the newest release.
+"""Which architectures with experts of the newest release are sharded, and which are refused.
 
-`docs/architectures.md` says by what. A model of another architecture may be sharded as well: the
-check after construction decides, before a weight is loaded.
+`docs/architectures.md` says what shows it. A model of another architecture may be sharded as well:
+the check after construction decides, before a weight is loaded.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ _SHARDED = """
     BailingMoeForCausalLM BailingMoeV25MTPModel BailingMoeV2ForCausalLM BailingMoeV2_5ForCausalLM
     BailingMoeV3ForCausalLM BailingMoeV3MTPModel BailingMoeV3VLForConditionalGeneration
     BeamForCausalLM ClefFlashForJointSchema ClefOmniForJointSchema Cohere2MoeForCausalLM ColQwen3_5
-    Cosmos3EdgeForConditionalGeneration DFlashLagunaForCausalLM DeepSeekMTPModel DeepSeekV4MTPModel
-    DeepseekForCausalLM DeepseekV2ForCausalLM DeepseekV32ForCausalLM DeepseekV32MTPModel
-    DeepseekV3BidirectionalModel DeepseekV3ForCausalLM DeepseekV41ForCausalLM DeepseekV4ForCausalLM
-    DeepseekV4ForConditionalGeneration DiffusionGemmaForBlockDiffusion Dots3NoteForCausalLM
-    Dots3NoteMTPModel Eagle3DeepseekV2ForCausalLM Eagle3DeepseekV3ForCausalLM EagleDeepSeekMTPModel
+    Cosmos3EdgeForConditionalGeneration DFlashLagunaForCausalLM DSparkDraftModel DSparkV41DraftModel
+    DeepSeekMTPModel DeepSeekV4MTPModel DeepseekForCausalLM DeepseekV2ForCausalLM
+    DeepseekV32ForCausalLM DeepseekV32MTPModel DeepseekV3BidirectionalModel DeepseekV3ForCausalLM
+    DeepseekV41ForCausalLM DeepseekV4ForCausalLM DeepseekV4ForConditionalGeneration
+    DiffusionGemmaForBlockDiffusion Dots3NoteForCausalLM Dots3NoteMTPModel
+    Eagle3DeepseekV2ForCausalLM Eagle3DeepseekV3ForCausalLM EagleDeepSeekMTPModel
     EagleLlama4ForCausalLM EagleMiniCPMForCausalLM EagleMistralLarge3ForCausalLM
     Ernie4_5_MoeForCausalLM Ernie4_5_VLMoeForConditionalGeneration Exaone4_5_MTP
     ExaoneMoEForCausalLM ExaoneMoeForCausalLM ExaoneMoeMTP FlexOlmoForCausalLM FlintForCausalLM
@@ -66,7 +67,7 @@ def told(names: Sequence[str]) -> tuple[bool, str]:
     """
     known = [name for name in names if name in SHARDED | NO_CACHE]
     if not known:
-        what = "a model in which no o_proj is found, or only some, is refused before it is loaded"
+        what = "it starts only if an o_proj is found in each of its softmax attentions"
         return False, f"{', '.join(names)} is not in docs/architectures.md: {what}."
     if known[0] in NO_CACHE:
         raise OprojError(

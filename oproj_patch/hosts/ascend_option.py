@@ -1,8 +1,8 @@
 """vllm-ascend's own o_proj option, and who acts on it.
 
-vllm-ascend reads it in the constructor of its `AscendConfig`, in the parent and in every worker:
-from vLLM's `additional_config`, and since 0.27 from the constructor's own arguments, which are what
-is in there. With the toggle `auto` we serve the option, so we take it out of sight while that
+vllm-ascend reads it in the constructor of its `AscendConfig`, in the parent and in every worker. Up
+to 0.26 the constructor reads vLLM's `additional_config`; since 0.27 it gets what is in there as
+arguments. With the toggle `auto` we serve the option, so we take it out of sight while that
 constructor runs; with a number we refuse it. We take our own key out of sight as well, because a
 release may refuse a key that it does not know.
 """
@@ -73,7 +73,7 @@ def seams(settings: Settings) -> tuple[Seam, Seam]:
         Seam(
             CONFIG, "AscendConfig.__init__", constructed, why, ("vllm_config",), until="0.26.0rc1"
         ),
-        # The name, because pydantic puts another constructor into the class when it is first used.
+        # The class's name, because pydantic replaces the constructor when the class is first used.
         Seam(CONFIG, "AscendConfig", made, why, (NESTED,), since="0.30.0rc2"),
     )
 

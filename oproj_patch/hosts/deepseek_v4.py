@@ -1,7 +1,7 @@
-"""DeepSeek V4: its output projection is two layers, `wo_a` and `wo_b`, which can be one step.
+"""DeepSeek V4's output projection: two layers, `wo_a` and `wo_b`, which can be one step.
 
-`wo_b` is a row-parallel layer like an o_proj. `wo_a` is block-diagonal, and both hosts read its
-weight past the layer's forward, in a method of the attention that runs the two. So both are built
+`wo_b` is a row-parallel layer like an o_proj; `wo_a` is block-diagonal. In both hosts a method of
+the attention runs the two, and reads `wo_a`'s weight past that layer's forward. So both are built
 in the layer's own group, and that method is run with the heads and groups of this rank's shard.
 """
 
@@ -23,8 +23,9 @@ from .seam import Seam
 
 CPU = "vllm.models.deepseek_v4.cpu.cpu_sparse"
 _FIRST = re.compile(r"(^|\.)(self_attn|attn)\.wo_a$")
-# Attentions whose `_o_proj` takes all heads unquantized, and reads their numbers anew: read in
-# every release that has them. vLLM's V4.1 by the FlashMLA and SM120 classes of the same names.
+# Attentions whose method takes unquantized heads, and reads the numbers of heads and groups at each
+# call. They were read in every release that has them. vLLM's V4.1 has FlashMLA and SM120 classes of
+# the same names.
 _TAKES_HEADS = frozenset({
     "DeepseekV4CPUAttention", "DeepseekV4FlashMLAAttention", "DeepseekV4FlashInferMLAAttention",
     "DeepseekV4FlashInferSM120Attention",
@@ -67,7 +68,7 @@ def seams(host: Any, config: Any) -> tuple[Seam, ...]:
 
 
 def _projected(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Wrap the CPU attention's `_o_proj`: without metadata it passes by its projection."""
+    """Wrap the CPU attention's `_o_proj`, which skips wo_b without metadata: take the step then."""
     from vllm.forward_context import get_forward_context
 
     output = wrapped(*args, **kwargs)
@@ -86,9 +87,9 @@ def obstacle(owner: str, text: Any, group: OtpGroup) -> str:
     """
     heads, groups = text.num_attention_heads, text.o_groups
     if owner not in _TAKES_HEADS:
-        return f"{owner} hands on no plain heads"
+        return f"{owner} is none of the attentions that are known to pass unquantized heads on"
     if owner == "DeepseekV4FlashInferMLAAttention" and heads // group.tp_size == _ROPE_QUANT_HEADS:
-        return f"RopeQuant of {owner} hands on quantized ones at {_ROPE_QUANT_HEADS} local heads"
+        return f"RopeQuant of {owner} quantizes the heads at {_ROPE_QUANT_HEADS} local heads"
     return pairs.obstacle(heads, groups, group, group.settings.grid)
 
 
@@ -96,7 +97,7 @@ def join(model: Any, ascend: bool) -> None:
     """Let the attentions of `model` run wo_a and wo_b as one step where both are sharded."""
     for attention, layer in _attentions(model, ascend):
         pair, group = layer.oproj.pair, layer.oproj.group
-        # V4.1's fused kernel on SM100 hands wo_b a quantized activation, up to so many rows.
+        # On SM100 a fused kernel of V4.1 gives wo_b quantized rows, up to this number of rows.
         if hasattr(attention, "gemm_rs"):
             attention._fused_wo_a_token_limit = 0
         if pair is None:
@@ -126,7 +127,7 @@ def _joined_class(cls: type) -> type:
 
 
 def _o_proj(self: Any, attn_out: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    # Traced by torch.compile, as `sharding.layer._forward` is. V4.1 hands on padding heads too.
+    # Traced by torch.compile, as `sharding.layer._forward` is. V4.1 appends padding heads.
     layer = self.wo_b
     shard = layer.oproj
     heads = attn_out[:, : self.n_local_heads].flatten(1)
@@ -135,7 +136,7 @@ def _o_proj(self: Any, attn_out: torch.Tensor, positions: torch.Tensor) -> torch
 
 
 def _reduced(layer: Any, output: torch.Tensor) -> torch.Tensor:
-    """Return the sum over the tensor-parallel ranks where the layer's forward would."""
+    """Sum `output` over the tensor-parallel ranks where the layer's own forward would."""
     shard = layer.oproj
     if layer.reduce_results and shard.group.tp_size > 1:
         output = shard.parallel_state.get_tp_group().all_reduce(output)
@@ -151,10 +152,10 @@ def _project(
     context = forward_context._forward_context
     idle = context is not None and context.attn_metadata is None
     heads, attention.n_local_heads = attention.n_local_heads, o.shape[1]
-    if idle:  # a CPU would return zeros, but these are rows of other ranks
+    if idle:  # vLLM's method for CPUs would return zeros, but these are rows of other ranks
         context.attn_metadata = {}
     try:
-        # vLLM's CPU attention hands on rows without gaps; on GPUs they may have some.
+        # The method for CPUs expects rows without gaps; on GPUs rows may have gaps.
         o = o.contiguous() if o.device.type == "cpu" else o
         output: torch.Tensor = original(attention, o, positions)
         return output
@@ -165,7 +166,7 @@ def _project(
 
 
 def _join_ascend(impl: Any, layer: Any, pair: pairs.Pair) -> None:
-    """Let vllm-ascend's implementation run both; it has turned the heads back before."""
+    """Let vllm-ascend's implementation run both; it undoes the rotary embedding before."""
     original, hidden = impl._forward_o_proj, layer.oproj.hidden
 
     def project(o: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:

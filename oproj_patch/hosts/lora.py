@@ -1,9 +1,9 @@
 """vLLM's LoRA layers around a sharded o_proj.
 
 The owner of a row has all of its input columns, so it adds `x A B` to the row's result by itself:
-an adapter needs no exchange. vLLM takes its LoRA layer by the exact class of the base layer, which
-then multiplies by its quantization method. It gets a view of the sharded layer, of the host's own
-class, whose quantization method runs a whole step.
+an adapter needs no exchange. vLLM chooses a LoRA layer by the exact class of its base layer, and
+the LoRA layer calls the base layer's quantization method. So vLLM gets a view of the sharded layer:
+it has the host's own class, and its quantization method runs a whole step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .. import releases
 from ..sharding import layer as sharded
 from .seam import Seam
 
-# Where vLLM's manager of adapters has its own name of the function, by release.
+# Modules of vLLM's manager of adapters, which import the function by name, and their releases.
 MANAGERS = {"vllm.lora.models": ("", "0.12.0"), "vllm.lora.model_manager": ("0.13.0", "")}
 
 
@@ -32,7 +32,7 @@ def seams(version: str) -> tuple[Seam, ...]:
 
 
 def layer_wrapped(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
-    """Wrap vLLM's choice of a LoRA layer: for a sharded layer it sees the layer's view."""
+    """Wrap vLLM's choice of a LoRA layer: in place of a sharded layer it gets the layer's view."""
     given = inspect.signature(wrapped).bind(*args, **kwargs)
     layer = given.arguments["layer"]
     if not isinstance(layer, sharded.ShardedMixin):
@@ -43,7 +43,7 @@ def layer_wrapped(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
 
 
 class Step:
-    """A sharded layer in the place of a quantization method."""
+    """A quantization method that runs a step of a sharded layer."""
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
@@ -59,8 +59,8 @@ class Step:
 def view(layer: Any) -> Any:
     """Return a layer of the host's class, with the tensors of `layer` and a `Step`.
 
-    It has the columns of this tensor-parallel rank, by which vLLM cuts an adapter. It shows no
-    bias that a step adds, because up to 0.11 vLLM's LoRA layer adds it as well.
+    It has the columns of this tensor-parallel rank, because vLLM cuts an adapter by them. It hides
+    a bias that a step adds, because up to 0.11 vLLM's LoRA layer would add it again.
     """
     mro = type(layer).__mro__
     cls = next(base for base in mro if not issubclass(base, sharded.ShardedMixin))

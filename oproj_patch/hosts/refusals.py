@@ -125,8 +125,8 @@ def _captured_as(*modes: str) -> Found:
 
 
 def _asynchronous_eplb(facts: Facts) -> object:
-    # Before 0.23 there is NCCL only. From then on vLLM names another communicator where it is asked
-    # for EPLB, and from 0.24 on it refuses NCCL itself.
+    # Before 0.23 EPLB has NCCL only. From 0.23 on vLLM itself names another communicator where EPLB
+    # is on, and from 0.24 on it refuses NCCL.
     eplb = of(facts.vllm, "parallel_config.eplb_config")
     on = of(facts.vllm, "parallel_config.enable_eplb") and of(eplb, "use_async")
     return on and of(eplb, "communicator") in (None, "torch_nccl", "pynccl")

@@ -68,7 +68,7 @@ class Installed:
 
 
 def resolve(seam: Seam, host: str) -> tuple[Any, str, Any] | None:
-    """Return (parent, attribute name, original) of a seam; None when it is absent, not needed.
+    """Return (parent, attribute name, original) of a seam; None: it is absent and not needed.
 
     host: name and version for the message. Raises OprojError when the symbol is missing or
     its signature lacks a parameter that the wrapper relies on.
@@ -135,7 +135,7 @@ def install_on_import(
     """Add `seam` to `installed`, now or once `module` is imported; return the undo."""
     import wrapt
 
-    wanted = [True]  # because wrapt keeps a hook for ever
+    wanted = [True]  # because wrapt keeps a hook forever
 
     def imported(_: Any) -> None:
         if wanted:

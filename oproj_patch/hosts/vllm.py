@@ -56,7 +56,7 @@ class Vllm(HostPass):
 
     def __init__(self, versions: Mapping[str, str]) -> None:
         self.versions, self.settings = dict(versions), Settings()
-        # By the prefix of a wo_b: its wo_a that is sharded, or why it is not.
+        # Prefix of a wo_b -> its wo_a that is sharded, or why that one is whole.
         self._firsts: dict[str, Pair | str] = {}
 
     def __str__(self) -> str:
@@ -130,7 +130,7 @@ class Vllm(HostPass):
         if not prefix and owner in sharded.OWNERS:
             prefix = f"{owner_prefix}.o_proj"
             kwargs = {**kwargs, "prefix": prefix}
-        # Of a layer that asks for no tensor parallelism every rank holds all, by the host's word.
+        # Where the host asks for no tensor parallelism, every rank holds the whole layer.
         other = replicated or isinstance(instance, sharded.ShardedMixin)
         if other or not sharded.is_o_proj(prefix, owner) or left_whole(prefix):
             wrapped(*args, **kwargs)
@@ -145,7 +145,7 @@ class Vllm(HostPass):
         except OprojValueError as error:
             if not group.main_layers or isinstance(first, Pair):
                 raise
-            # A drafter that does not divide stays whole. All ranks have the same sizes.
+            # A drafter that does not divide stays whole, on every rank: the sizes are the same.
             group.complete = True
             told = "the draft model keeps its whole o_proj from %s on (%s)"
             logging.getLogger("vllm.oproj_patch").warning(told, prefix, error.sentence)
@@ -190,7 +190,7 @@ class Vllm(HostPass):
 
     def graph_rows(self, config: Any) -> int:
         """Return the largest row count for which a device graph may be captured; 0: none is."""
-        # Read from 0.9.1 to 0.32.0. vLLM only lowers these sizes later.
+        # Read from 0.9.1 to 0.33.0. vLLM only lowers these sizes later.
         if refusals.graph_mode(config) == "NONE":
             return 0
         return max(of(config, "compilation_config.cudagraph_capture_sizes") or (0,))
@@ -217,9 +217,9 @@ class Vllm(HostPass):
         return None
 
     def own_wire(self, layer: Any) -> Wire | None:
-        """Return the wire of a static scale, which the layer has as the parameter `input_scale`.
+        """Return the wire of a layer with a static scale, `input_scale`; None: another layer.
 
-        Some kernels take quantized rows, from 0.24 on, and the layer then tells which.
+        From 0.24 on some kernels take quantized rows, and the layer then names their format.
         """
         chunk, dtype = layer.input_size_per_partition, wire.stored(layer)
         if getattr(layer, "input_scale", None) is None or dtype is None:
@@ -262,7 +262,7 @@ class Vllm(HostPass):
     def announced(self, group: OtpGroup) -> Counts | None:
         """Return the synchronized counts of `ForwardContext.dp_metadata`, one object a pass.
 
-        Read from 0.9.1 to 0.32.0: `num_tokens_across_dp_cpu`, before 0.11.0 their running sum.
+        Read from 0.9.1 to 0.33.0: `num_tokens_across_dp_cpu`, before 0.11.0 their running sum.
         """
         from vllm import forward_context
 
@@ -346,9 +346,9 @@ def attention_built(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None
 
 
 def left_whole(prefix: str) -> bool:
-    """Tell whether what is built now keeps its o_proj: alike on all ranks.
+    """Tell whether the layers that are built now stay whole; all ranks answer alike.
 
-    It does in a drafter that ranks do not run in step, and in one that vLLM builds in a
+    They do in a drafter that ranks do not run in step, and in one that vLLM builds in a
     tensor-parallel group of its own, because our groups follow the model's.
     """
     from vllm.distributed import parallel_state

@@ -84,7 +84,7 @@ class VllmAscend(Vllm):
         if releases.in_range(version, "0.9.1", "0.9.1"):
             from vllm_ascend import ops
 
-            ops.register_dummy_fusion_op()  # as its worker does, or PIECES cannot be imported
+            ops.register_dummy_fusion_op()  # as its worker does; without it PIECES fails to import
         own = []
         for entry in registry(self):
             if entry.module.startswith(TORCHAIR) and not self.traceable():
@@ -142,9 +142,9 @@ class VllmAscend(Vllm):
         return 1 if kinds == {"W8A8"} and not self.traceable() else None
 
     def own_wire(self, layer: Any) -> Wire | None:
-        """Return the wire of static W8A8, whose method takes int8 rows as they are.
+        """Return the wire of static W8A8, and of W8A8_DYNAMIC up to 0.11.0; None: another method.
 
-        And of W8A8_DYNAMIC up to 0.11.0, whose method takes int8 rows and their scales.
+        The method of static W8A8 takes int8 rows as they are; W8A8_DYNAMIC's takes them and scales.
         """
         method = type(getattr(layer.quant_method, "quant_method", None)).__name__
         chunk, int8 = layer.input_size_per_partition, torch.int8
@@ -174,11 +174,11 @@ class VllmAscend(Vllm):
         return None
 
     def announced(self, group: OtpGroup) -> Counts | None:
-        # Where vllm-ascend pads some ranks only, its metadata differs between ranks.
+        # Not vllm-ascend's metadata, which differs between ranks where it pads only some of them.
         return self._agreed
 
     def piece_ran(self, wrapped: Any, piece: Any, args: Any, kwargs: Any) -> Any:
-        """Wrap a call of one piece of a compiled model, whose graph 0.9.1 chooses by own rows.
+        """Wrap a call of one piece of a compiled model: 0.9.1 chooses its graph by own rows.
 
         The ranks agree on their rows before the first piece. Where rows differ, no rank replays.
         """
@@ -244,10 +244,10 @@ def registry(host: VllmAscend) -> tuple[Seam, ...]:
 
 
 def attention_ran(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Wrap an attention implementation's forward: it always runs its o_proj.
+    """Wrap an attention implementation's forward, so that it always takes the step of its o_proj.
 
-    Without attention metadata every release returns before o_proj. With metadata of no token some
-    do (SFA without rotary dimensions, 0.30.0rc2).
+    Without attention metadata every release returns before o_proj. SFA without rotary dimensions
+    (0.30.0rc2) also does with metadata of no token.
     """
     layer: Any = getattr(instance, "o_proj", None) or getattr(instance, "wo_b", None)
     ours = isinstance(layer, sharded.ShardedMixin)

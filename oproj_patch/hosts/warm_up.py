@@ -1,7 +1,7 @@
-"""vLLM's warm-ups of kernels that are compiled while they run: for the rows of a whole group.
+"""vLLM's warm-ups, for the rows of a whole group.
 
-vLLM compiles these kernels for the rows of one rank before it serves. An o_proj multiplies the rows
-of all ranks of its group, so without this its kernels would be compiled in service.
+Before it serves, vLLM compiles some kernels for the rows of one rank. An o_proj multiplies the rows
+of all ranks of its group, so without this its kernels would be compiled while vLLM serves.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def seams() -> tuple[Seam, ...]:
 
 
 def deep_gemm(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
-    """Wrap DeepGEMM's warm-up of a model: each o_proj first, because a shape is done once."""
+    """Wrap DeepGEMM's warm-up: o_proj layers come first, because it does each shape once."""
     rows = inspect.signature(wrapped).bind(*args, **kwargs).arguments["max_tokens"]
     for layer, most in most_rows(rows):
         if most > rows:
@@ -37,7 +37,7 @@ def deep_gemm(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
 
 
 def b12x(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
-    """Wrap B12X's warm-up, which compiles for captured sizes and the largest number of rows."""
+    """Wrap B12X's warm-up, which compiles for given row counts: add those of the whole group."""
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     worker, sizes = given["worker"], list(given["cudagraph_capture_sizes"])
     group, rows = otp_group.current(), worker.scheduler_config.max_num_batched_tokens

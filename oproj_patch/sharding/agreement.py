@@ -31,7 +31,7 @@ def within(seconds: float, ask: Callable[[], Answer], silent: OprojError) -> Ans
     """Return what `ask`, which uses a store, returns, or raise what it raises.
 
     Raises `silent` when that takes `seconds` and the time to hear a verdict. A thread asks, because
-    a store on a node that is gone blocks its client for ever.
+    a store on a node that is gone blocks its client forever.
     """
     answers: list[Answer] = []
     errors: list[BaseException] = []

@@ -32,7 +32,7 @@ There are three in each of two lanes. Two or three parts are under way at once, 
 """
 
 MOST_VIEWS = 1024
-"""Of the buffers that are kept: a model meets many row counts, and a view costs microseconds."""
+"""How many views of buffers are kept: a model meets many row counts, and a view costs time."""
 
 
 class Plan(NamedTuple):
@@ -143,7 +143,7 @@ def exchange(
     out and the last one on its way back.
     """
     shard, group, plan = layer.oproj, layer.oproj.group, layer.oproj.plan
-    # A chunk of 8 bits is not the rows that the quant method knows.
+    # Chunks of 8 bits are opened, because the quant method does not take them for rows.
     close, open_ = (shard.wire.close, shard.wire.open) if shard.wire else (_as_it_is,) * 2
     if parts == 1:
         arrived = dispatch(close(x), counts, group, plan, tail=tail).wait()
@@ -348,7 +348,7 @@ def _gather_is_right(layer: Any, x: torch.Tensor, counts: Counts, parts: int) ->
     probe = torch.arange(8 * columns, device=x.device).sin().view(8, columns).to(x.dtype)
     expected = exchange(layer, probe, (8,) * group.size).float()
     error = (weight_gather.run(probe, layer).float() - expected).abs().max()
-    limit = 0.02 if shard.wire is None else 0.1  # 8 bits round the rows of an exchange alone
+    limit = 0.02 if shard.wire is None else 0.1  # a gather does not round rows to 8 bits
     same = bool(error <= limit * expected.abs().max())
     if all(rows.gather((int(same),), group)[0]):
         shard.gather_verified = True

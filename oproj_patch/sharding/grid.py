@@ -64,7 +64,7 @@ def of_layer(given: Mapping[str, Any], group: OtpGroup) -> tuple[Grid, str]:
     if given.get("quant_config") is not None:
         outputs = math.lcm(outputs, QUANTIZED_OUTPUTS)
     wanted = grid
-    if grid == plain:  # perhaps because of these blocks
+    if grid == plain:  # perhaps because of these blocks: what would it be without them?
         wanted = topology.choose_grid(group.size, columns // tp_size, hidden, 2)
     if wanted == plain:
         return plain, ""
@@ -85,7 +85,8 @@ def blocks_of(layer: Any) -> tuple[int, int]:
 def check_blocks(layer: Any) -> None:
     """Refuse a shard that does not hold whole quantization blocks.
 
-    Their sizes are what the method, the scheme or the layer tells, and powers of two elsewhere.
+    Their sizes are what the method, the scheme or the layer tells. Where none does, they are powers
+    of two.
     """
     shard, (inputs, outputs) = layer.oproj, blocks_of(layer)
     what = f"a block of {type(layer.quant_method).__name__} has"

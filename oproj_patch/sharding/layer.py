@@ -78,7 +78,7 @@ class Shard:
     gather_verified: a gather was seen to give what an exchange gives.
     mixes_rows: one row changes another's result in the quant method, which then gets the rows of
         one owner at a time.
-    pair: of the second of two layers that are one step; alone: why its first one is whole.
+    pair: for the second of two layers that are one step; alone: why its first layer is whole.
     """
 
     name: str
@@ -107,8 +107,7 @@ class Shard:
     def gemm(self, x: Any, counts: Counts = ()) -> torch.Tensor:
         """Multiply x [sum(counts), K/a] by the local shard -> [sum(counts), hidden/b].
 
-        Of two layers that are one step it runs both. x: rows, or what the layer's own wire has in
-        their place.
+        Run both layers of a pair. x: rows, or what the layer's own wire has in their place.
         """
         run = self.apply if self.pair is None else self.pair.run
         if self.mixes_rows and len(counts) > 1:
@@ -149,7 +148,7 @@ def construct(
 ) -> None:  # fmt: skip
     """Run `init`, the host's bound constructor, so that `layer` becomes a sharded o_proj.
 
-    first: of two layers that can be one step: what is built of the first, or why it is whole.
+    first: for the second of two layers: the pair with the first, or why the first is whole.
     Raises OprojError when the weight cannot be divided or the host refuses.
     """
     signature = inspect.signature(init)
@@ -215,7 +214,7 @@ def construct_first(
     init: Callable[..., None], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
     group: OtpGroup, parallel_state: Any, host: HostPass,
 ) -> Pair:  # fmt: skip
-    """Run `init` so that the column-parallel `layer` holds whole groups of outputs of this rank.
+    """Run `init` so that `layer`, the first of a pair, holds this rank's groups of its outputs.
 
     Raises OprojError when the host cannot build it.
     """
@@ -245,7 +244,7 @@ def construct_first(
 
 def _note_cuts(layer: Any, ways: Grid) -> None:
     """Note in how many parts each parameter is cut; ways: along the input, the output."""
-    # vLLM marks along what a parameter is cut; a quant method may replace the parameter.
+    # vLLM marks along what a parameter is cut. A quant method may replace the parameter later.
     for key, param in layer.named_parameters(recurse=False):
         along = (getattr(param, dim, None) is not None for dim in ("input_dim", "output_dim"))
         layer.oproj.cut[key] = math.prod(n for n, cut in zip(ways, along, strict=True) if cut)
@@ -301,8 +300,8 @@ def check_attentions(model: Any, built: Sequence[str], attentions: Mapping[str, 
     """
     owners = {name: name.partition("#")[0].rpartition(".")[0] for name in built}
     for prefix, layer in attentions.items():
-        # Only softmax attentions have an `impl`, or (DeepSeek V4) do its work themselves: those of
-        # linear attentions are the layer itself.
+        # A softmax attention has an `impl`, or does its work itself (DeepSeek V4); a linear
+        # attention has neither.
         softmax = hasattr(layer, "impl") or hasattr(layer, "forward_mqa")
         softmax = softmax and hasattr(layer, "kv_cache")
         if not built or not softmax or getattr(layer, "attn_type", "decoder") != "decoder":
@@ -339,7 +338,7 @@ def settle(group: OtpGroup) -> None:
         shard = layer.oproj
         if shard.plan is not None:
             continue
-        if all(p.numel() for p in _parameters(layer).values()):  # a CPU empties what it packs
+        if all(p.numel() for p in _parameters(layer).values()):  # a CPU build empties what it packs
             _measure(layer)
         element, pair = layer.params_dtype.itemsize, shard.pair
         least = weight_gather.threshold(layer, group)
@@ -350,7 +349,7 @@ def settle(group: OtpGroup) -> None:
             shard.grid.outputs, shard.wire.width if shard.wire else 0,
             0 if pair is None else pair.tail(element),
         )  # fmt: skip
-        # Ranks that gather different things would wait for each other for ever.
+        # Ranks that gather different things would wait for each other forever.
         pieces = weight_gather.pieces(layer) if least else {}
         shapes = {name: tuple(tensor.shape) for name, tensor in pieces.items()}
         shard.description += f" gather:{least}:{shapes} {shard.plan}"
@@ -379,14 +378,14 @@ def summary(group: OtpGroup) -> str:
 
 
 def subclass(cls: type, namespace: dict[str, Any], *mixins: type) -> type:
-    """Return a subclass of `cls` on the fly; features keyed on names see `cls`."""
+    """Return a new subclass of `cls` under its name, because some features look at names."""
     told = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(cls.__name__, (*mixins, cls), told | namespace)
 
 
 @functools.cache
 def _sharded_class(cls: type, forward: Callable[..., Any] | None) -> type:
-    """Return a subclass of `cls` whose instances are sharded; None: they keep their forward."""
+    """Return a subclass of `cls` whose instances are sharded; forward None: they keep theirs."""
     if issubclass(cls, ShardedMixin):
         return cls
     namespace = {} if forward is None else {"forward": forward}
@@ -432,7 +431,7 @@ def _forward(self: Any, input_: torch.Tensor, *_: Any, **__: Any) -> Any:
     # Traced by torch.compile: plain attribute reads, one opaque op, vLLM's own all-reduce.
     shard = self.oproj
     group = shard.group
-    if shard.pair is not None:  # within the step of the two
+    if shard.pair is not None:  # the host's method calls it within the step of both layers
         output = shard.apply(input_)
         return (output, None) if self.return_bias else output
     if not self.input_is_parallel and group.tp_size > 1:
@@ -493,7 +492,10 @@ def _register_op(label: type) -> None:
 
 
 def run(x: torch.Tensor, name: str, positions: torch.Tensor | None = None) -> torch.Tensor:
-    """Implement the custom op: x [..., K], positions [...] of a pair that needs them."""
+    """Implement the custom op: x [..., K] -> [..., hidden].
+
+    positions: [...], of the rows, for a pair that needs them.
+    """
     group = otp_group.require(name)
     layer = group.layers[name]
     if group.checked < len(group.layers):
@@ -544,7 +546,7 @@ def _measure(layer: Any) -> None:
     if shard.pair is not None:
         cut |= {f"first {name}": ways for name, ways in shard.pair.first.oproj.cut.items()}
     shard.kept = sum(sizes.values())
-    # What a quant method makes of a parameter, under another name, is cut as the weight is.
+    # A parameter that a quant method makes under another name is cut as the weight is.
     shard.saved = sum(size * (cut.get(name, shard.group.size) - 1) for name, size in sizes.items())
     shard.description = " ".join(
         [type(layer.quant_method).__name__]

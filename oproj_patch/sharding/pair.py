@@ -1,9 +1,9 @@
-"""An output projection in two layers, of which both are sharded: one step for the two.
+"""An output projection of two layers that are both sharded and run in one step.
 
-The first layer is block-diagonal: each of its groups maps some heads to columns of the second. So
-a rank that holds whole groups of the first and the same columns of the second gets these heads of
-all rows, runs both layers, and has partial results as those of one o_proj. DeepSeek V4 calls the
-layers `wo_a` and `wo_b`.
+The first layer is block-diagonal: each of its groups maps some heads to columns of the second. A
+rank holds whole groups of the first and the same columns of the second. It gets the heads of its
+groups, of all rows, runs both layers, and has partial results like those of one o_proj. DeepSeek
+V4 calls the layers `wo_a` and `wo_b`.
 
     o_i [T_i, heads] --dispatch--> [sum(T), heads/N] --both layers--> [sum(T), H] --combine-->
 
@@ -22,14 +22,14 @@ import torch
 from .otp_group import OtpGroup
 
 PLACE_BYTES = 16
-"""Behind the heads of a row on its way: the position, 8 bytes; kernels want rows so aligned."""
+"""What a row takes behind its heads: 8 bytes of its position, and 8 that align it for kernels."""
 
 Project = Callable[[torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 
 
 @dataclass
 class Pair:
-    """What a sharded layer has that is the second of two.
+    """What the second of two sharded layers carries.
 
     first: the first layer, of which this rank holds whole groups too.
     heads, width: heads of one tensor-parallel rank, and values of one.
@@ -48,7 +48,7 @@ class Pair:
         return self.heads * self.width // group.size + self.tail(element_bytes)
 
     def tail(self, element_bytes: int) -> int:
-        """Return how many of them are behind the heads."""
+        """Return how many elements of a chunk are behind its heads."""
         return PLACE_BYTES // element_bytes if self.positions else 0
 
     def run(self, rows: torch.Tensor) -> torch.Tensor:

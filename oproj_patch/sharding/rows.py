@@ -38,7 +38,7 @@ class HostPass:
         return str
 
     def own_wire(self, layer: Any) -> Wire | None:
-        """Return the 8 bits in which the owner of a row can quantize it as the unsharded layer.
+        """Return the 8-bit format that gives a row's owner the values of the unsharded layer.
 
         The layer is built, and not loaded. None: the host knows no such format.
         """

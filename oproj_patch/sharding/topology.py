@@ -41,7 +41,7 @@ def check_size(size: int, dp_size: int) -> None:
 
 
 def otp_groups(dp_groups: Sequence[Sequence[int]], size: int) -> list[list[int]]:
-    """Cut every data-parallel group into otp groups of `size` neighbouring ranks.
+    """Cut every data-parallel group into otp groups of `size` neighboring ranks.
 
     dp_groups: global ranks of each data-parallel group, in data-parallel order, for the
         whole world, as vLLM lists them for any layout of (external DP, DP, PP, TP).

@@ -1,8 +1,8 @@
 """How rows travel out in 8 bits: the owner of a row closes it, the receiver of a chunk opens it.
 
 A chunk of a row travels as its values and, behind them, its float32 scales. `static` and `scaled`
-are the formats that every quant method takes, because the receiver restores the rows. What a method
-takes in place of rows, its host knows (`HostPass.own_wire`).
+are the formats that every quant method takes, because the receiver restores the rows. The host
+knows which methods take something else in place of rows (`HostPass.own_wire`).
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ class Wire:
 
 
 def static(layer: Any, chunk: int) -> Wire:
-    """Return the wire of a layer with one scale for all rows, which its parameter `input_scale` is.
+    """Return the wire of a layer with one scale for all rows, its parameter `input_scale`.
 
-    The quant method finds the same values in the restored rows: their rounding to the model's type
-    is finer than 8 bits.
+    The quant method finds the same values in the restored rows, because their rounding to the
+    model's type is finer than 8 bits.
     """
     dtype, kind = layer.weight.dtype, layer.params_dtype
 
@@ -103,13 +103,13 @@ def scaled(dtype: torch.dtype, chunk: int, block: int, kind: torch.dtype) -> Wir
 
 
 def stored(layer: Any) -> torch.dtype | None:
-    """Return the type of a weight of 8 bits, as which the input is quantized; None: another."""
+    """Return the type of an 8-bit weight, in which the input is quantized too; None: another."""
     dtype = getattr(getattr(layer, "weight", None), "dtype", None)
     return dtype if dtype in LARGEST else None
 
 
 def of_layer(layer: Any) -> Wire | None:
-    """Return how the rows of a sharded layer travel, when it is built; None: in the model's type.
+    """Return the format in which a built layer's rows travel; None: the model's type.
 
     Raises OprojError for a format that the user named and the layer cannot take.
     """

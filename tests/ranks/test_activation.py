@@ -18,12 +18,10 @@ from typing import Any
 
 import pytest
 
-from oproj_patch.releases import VLLM_RELEASES
 from tests.ranks import launch
 
 pytestmark = pytest.mark.quick
 TOGGLE = launch.SIZE
-TESTED = f"{VLLM_RELEASES[0]} to {VLLM_RELEASES[-1]}"
 SEAMS = {
     "vllm.distributed.parallel_state": ["init_model_parallel_group"],
     "vllm.model_executor.layers.linear": ["RowParallelLinear.__init__"],
@@ -107,6 +105,12 @@ def first_group() -> None:
     """What makes the seams go in: vLLM creates a group."""
     with world() as parallel_state:
         parallel_state.init_model_parallel_group([[0]], 0, "gloo", group_name="ep").destroy()
+
+
+def tested() -> str:
+    from oproj_patch.releases import VLLM_RELEASES  # here, because cases import the package
+
+    return f"{VLLM_RELEASES[0]} to {VLLM_RELEASES[-1]}"
 
 
 def constructor() -> Any:
@@ -292,7 +296,7 @@ def missing(symbol: str) -> None:
         oproj_patch.disable()
         assert changed(before) == []
     release = f" of vllm {vllm.__version__} "
-    for part in (symbol, release, f" see {file}, ", f"vllm {TESTED}", TOGGLE):
+    for part in (symbol, release, f" see {file}, ", f"vllm {tested()}", TOGGLE):
         assert part in message, (part, message)
 
 
@@ -355,7 +359,7 @@ def refused(version: str) -> None:
     before = snapshot()
     oproj_patch.enable(2)
     message = raises("OPROJ009", first_group)
-    assert f"requested vllm {TESTED}, found {version};" in message, message
+    assert f"requested vllm {tested()}, found {version};" in message, message
     assert "OPROJ_PATCH_SKIP_VERSION_CHECK=1" in message and TOGGLE in message
     assert changed(before) == ["vllm.distributed.parallel_state.init_model_parallel_group"]
     oproj_patch.disable()

@@ -49,6 +49,7 @@ def server() -> Iterator[launch.Server]:
         yield started
 
 
+@pytest.mark.long
 def test_decode_context_parallel(server: launch.Server, tmp_path: Path) -> None:
     path = write(CONFIG, tmp_path)
     told = launch.run(4, attended, path, env=INTERPRETED, server=server, seconds=240)

@@ -105,6 +105,7 @@ def test_active(model: str) -> None:
     assert "data-parallel size 4" in text(report, "command")
 
 
+@pytest.mark.long
 @needs_vllm
 def test_the_module_form_of_the_server(model: str) -> None:
     command = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", model]

@@ -223,12 +223,12 @@ def _recorded() -> Iterator[list[tuple[Any, ...]]]:
 
     run, send, events = exchange.run, exchange._all_to_all, list[tuple[Any, ...]]()
 
-    def step(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    def step(layer: Any, x: torch.Tensor, positions: None) -> torch.Tensor:
         part, shard = dbo_current_ubatch_id(), layer.oproj
         counts = shard.host.announced(shard.group)
         events.append(("step", part, shard.name, counts))
         assert current_stream() is DEFAULT  # the stream on which both micro-batches compute
-        output = run(layer, x)
+        output = run(layer, x, positions)
         events.append(("end", part))
         return output
 

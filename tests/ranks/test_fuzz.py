@@ -49,6 +49,7 @@ LAYOUTS = [
     (2, 3, 2, 1),
     (2, 4, 2, 1),
 ]
+SHORT = {(3, 1, 3, 1), (4, 1, 4, 2), (4, 2, 4, 2), (6, 1, 6, 3), (8, 1, 4, 1)}
 EXAMPLES = int(os.environ.get("OPROJ_TEST_FUZZ_EXAMPLES", "200"))
 SECONDS_TO_START = 180
 SECONDS_AN_EXAMPLE = 60
@@ -96,7 +97,10 @@ def examples(dp: int, tp: int, size: int, outputs: int) -> st.SearchStrategy[dic
 
 
 @pytest.mark.parametrize("world", [8], indirect=True)
-@pytest.mark.parametrize(("dp", "tp", "size", "outputs"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("dp", "tp", "size", "outputs"),
+    [pytest.param(*layout, marks=[pytest.mark.long] * (layout not in SHORT)) for layout in LAYOUTS],
+)
 def test_equal_to_the_unsharded_layer(
     world: World, dp: int, tp: int, size: int, outputs: int
 ) -> None:

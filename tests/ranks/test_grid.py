@@ -42,7 +42,7 @@ class Case:
     compiled: bool = False
 
 
-MARKS = {4: pytest.mark.quick, 9: pytest.mark.long, 16: pytest.mark.long}
+MARKS = {4: pytest.mark.quick, **dict.fromkeys((8, 9, 16), pytest.mark.long)}
 CASES = {
     4: {
         "plain": Case(4),

@@ -16,6 +16,7 @@ MODEL_TYPES = {
     "qwen3-235b-a22b": "qwen3_moe",
     "glm-4.5": "glm4_moe",
 }
+WITHOUT = {"deepseek-v4-pro", "deepseek-v4-flash", "deepseek-v4.1-flash"}  # compressed caches
 CACHE_DTYPES = {"bf16": "bfloat16", "fp8": "fp8"}  # of plan's --kv-dtype, and vLLM's name of it
 BLOCK = 16  # tokens
 
@@ -55,9 +56,15 @@ def host_bytes(name: str, tp: int, cache_dtype: str) -> int:
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 @pytest.mark.parametrize("kv_dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("tp", [1, 2, 8])
-@pytest.mark.parametrize("name", BUILTIN_MODELS)
+@pytest.mark.parametrize("name", MODEL_TYPES)
 def test_plan_counts_the_bytes_of_the_hosts_cache_specification(
     name: str, tp: int, kv_dtype: str
 ) -> None:
     plan = make_plan(name, load_model(name), dp=8, tp=tp, kv_dtype=kv_dtype)
     assert plan["kv_bytes_per_token"] == host_bytes(name, tp, CACHE_DTYPES[kv_dtype])
+
+
+def test_every_other_model_has_no_count() -> None:
+    assert BUILTIN_MODELS.keys() == MODEL_TYPES.keys() | WITHOUT
+    for name in WITHOUT:
+        assert make_plan(name, load_model(name), dp=8)["kv_bytes_per_token"] == 0

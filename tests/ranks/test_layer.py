@@ -101,7 +101,7 @@ CASES: dict[int, dict[str, Case]] = {
 @pytest.mark.parametrize(
     ("world", "case"),
     [
-        pytest.param(size, case, id=f"{size}-{name}")
+        pytest.param(size, case, id=f"{size}-{name}", marks=[pytest.mark.long] * (size == 8))
         for size, cases in CASES.items()
         for name, case in cases.items()
     ],

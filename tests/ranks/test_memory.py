@@ -88,7 +88,8 @@ def profiled(gather_from: str, buffer: int) -> None:
             assert kept == held(group)
 
 
-@pytest.mark.parametrize("graph_rows", [pytest.param(0, marks=pytest.mark.long), 512])
+@pytest.mark.long
+@pytest.mark.parametrize("graph_rows", [0, 512])
 def test_r1_on_eight_ranks_on_meta_tensors(graph_rows: int) -> None:
     """[16384 -> 7168] in bfloat16, 8,192 rows: what a rank needs for 200 mixtures of counts."""
     from oproj_patch.sharding import exchange

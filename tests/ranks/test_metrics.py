@@ -16,6 +16,7 @@ pytest.importorskip("prometheus_client")
 SIZE = {launch.SIZE: "2"}
 
 
+@pytest.mark.long
 def test_every_worker_is_seen_through_the_multiprocess_registry(tmp_path: Path) -> None:
     from prometheus_client import CollectorRegistry, multiprocess
 

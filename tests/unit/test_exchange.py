@@ -127,7 +127,7 @@ def test_a_step_communicates_alike_whatever_a_rank_knows_alone(
         done.append(("gather",))
         return x.new_zeros(x.shape[0], SMALL.hidden)
 
-    def exchanged(layer: Any, x: torch.Tensor, rows: Any, parts: int = 1) -> torch.Tensor:
+    def exchanged(layer: Any, x: torch.Tensor, rows: Any, parts: int, tail: None) -> torch.Tensor:
         done.append(("exchange", rows, parts))
         return x.new_zeros(x.shape[0], SMALL.hidden)
 

@@ -92,7 +92,7 @@ def test_a_part_of_a_block_is_refused(cut: Any, hidden: int, told: str) -> None:
     )
     layer = SimpleNamespace(
         oproj=shard, quant_method=SimpleNamespace(quant_config=BLOCKS),
-        input_size_per_partition=16384 // cut[0],
+        input_size_per_partition=16384 // cut[0], named_parameters=lambda recurse: (),
     )  # fmt: skip
     shard.layer = layer
     if not told:

@@ -9,6 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from oproj_patch.settings import Settings  # noqa: E402
 from oproj_patch.sharding.pair import Pair, obstacle, placed  # noqa: E402
 
 
@@ -59,5 +60,11 @@ def test_without_positions_a_chunk_is_its_heads() -> None:
     ],
 )
 def test_obstacle(heads: int, groups: int, tp: int, size: int, grid: str, told: str) -> None:
-    group: Any = SimpleNamespace(tp_size=tp, size=size)
+    group: Any = SimpleNamespace(tp_size=tp, size=size, settings=Settings(size=size))
     assert obstacle(heads, groups, group, grid) == told
+
+
+def test_rows_of_two_layers_do_not_travel_in_8_bits() -> None:
+    group: Any = SimpleNamespace(tp_size=1, size=8, settings=Settings(size=8, wire="int8"))
+    told = "only rows of the second layer can travel in int8"
+    assert obstacle(128, 16, group, "auto") == told

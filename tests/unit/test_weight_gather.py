@@ -31,6 +31,7 @@ def o_proj(columns: int, hidden: int, ranks: int, weight: Any) -> tuple[Any, Any
             hidden=hidden,
             grid=Grid(ranks, 1),
             wire=None,
+            pair=None,
         ),
     )
     return layer, SimpleNamespace(size=ranks, graph_rows=0, settings=Settings(size=ranks))
