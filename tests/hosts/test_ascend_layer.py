@@ -186,7 +186,7 @@ def _same_in_both_wires(layer: Any, config: Any) -> None:
         stack.enter_context(torch.inference_mode())
         stack.enter_context(emulator.capture(graph))
         exchange.exchange(layer, x, (2, 2))
-    both, total = "c10d::alltoall_base_", "aten::add.out" if a == 2 else "aten::sum.dim_IntList"
+    both, total = "c10d::alltoall_base_", "aten::add.Tensor" if a == 2 else "aten::sum.dim_IntList"
     assert graph.calls == ["npu_quantize", "aten::copy_", both, "npu_quant_matmul", both, total]
 
 
