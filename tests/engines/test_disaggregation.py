@@ -54,7 +54,7 @@ def instance(
             "kv_connector": "NixlConnector",
             "kv_role": role,
             "kv_buffer_device": "cpu",
-            "kv_connector_extra_config": {"num_threads": 1, "kv_lease_duration": 240},
+            "kv_connector_extra_config": {"num_threads": 1, "kv_lease_duration": 60},
         },
     )
     env = {**config.env, **ON_THIS_MACHINE, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port(run=dp))}
