@@ -124,7 +124,7 @@ REFUSALS: dict[str, tuple[str, tuple[str, ...], str]] = {
         RELEASES[RELEASES.index("0.30.0rc2") :],
         "unset the variable for this model",
     ),
-    "VLLM_USE_V2_MODEL_RUNNER": ("VLLM_USE_V2_MODEL_RUNNER is 1", RELEASES, "unset one"),
+    "VLLM_USE_V2_MODEL_RUNNER": ("VLLM_USE_V2_MODEL_RUNNER ", RELEASES, "unset one"),
     "VLLM_ASCEND_ENABLE_DBO": ("VLLM_ASCEND_ENABLE_DBO of vllm-ascend", TORCHAIR, "unset one"),
     "first engine": ("VLLM_USE_V1 is 0", RELEASES, "set VLLM_USE_V1=1"),
     "full graphs": ("of vllm-ascend 0.11.0 is FULL", ("0.11.0",), "use PIECEWISE or NONE"),
