@@ -143,7 +143,8 @@ class Vllm(HostPass):
         try:
             sharded.construct(wrapped, instance, args, kwargs, group, parallel_state, self, first)
         except OprojValueError as error:
-            if not group.main_layers or isinstance(first, Pair):
+            # The host's own error may be one rank's alone (memory).
+            if not group.main_layers or isinstance(first, Pair) or error.__cause__:
                 raise
             # A drafter that does not divide stays whole, on every rank: the sizes are the same.
             group.complete = True
