@@ -143,17 +143,18 @@ class Vllm(HostPass):
         try:
             sharded.construct(wrapped, instance, args, kwargs, group, parallel_state, self, first)
         except OprojValueError as error:
-            # The host's own error may be one rank's alone (memory).
-            if not group.main_layers or isinstance(first, Pair) or error.__cause__:
+            # Of the host's own errors, others than of a value may be one rank's alone (memory).
+            alike = isinstance(error.__cause__, ValueError | None)
+            if not alike or not group.main_layers or isinstance(first, Pair):
                 raise
-            # A drafter that does not divide stays whole, on every rank: the sizes are the same.
-            group.complete = True
-            told = "the draft model keeps its whole o_proj from %s on (%s)"
-            logging.getLogger("vllm.oproj_patch").warning(told, prefix, error.sentence)
             instance.__class__ = cls
             vars(instance).clear()
             vars(instance).update(before)
             wrapped(*args, **kwargs)
+            # A drafter that does not divide stays whole, on every rank: the sizes are the same.
+            group.complete = True
+            told = "the draft model keeps its whole o_proj from %s on (%s)"
+            logging.getLogger("vllm.oproj_patch").warning(told, prefix, error.sentence)
             return
         self.check_layer(instance)
 
