@@ -22,7 +22,6 @@ from typing import Any
 import pytest
 import torch
 
-from oproj_patch.releases import VLLM_RELEASES
 from tests.ranks import launch
 from tests.ranks.layers import build, configuration, model_groups, world
 
@@ -108,7 +107,7 @@ def cannot(code: str, rank: int, world: int, sentence: str) -> list[str]:
     return [f"{code}: {sentence}" if other == rank else others for other in range(world)]
 
 
-TESTED = f"vllm {VLLM_RELEASES[0]} to {VLLM_RELEASES[-1]}"
+TESTED = r"vllm \S+ to \S+"  # a rank imports this module, and must not import the package yet
 NOT_TESTED = cannot("OPROJ009", 1, 2, f"requested {TESTED}, found 0.99.0")
 NO_SYMBOL = cannot("OPROJ008", 1, 2, r"vllm\.\S+DeepseekV2Attention.__init__ of .* cannot be found")
 NOT_A_DIVISOR = cannot("OPROJ003", 2, 4, f"{TOGGLE} is 3; accepted are")
