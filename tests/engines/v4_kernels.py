@@ -73,11 +73,11 @@ def flash_mla_with_kvcache_cpu(
     nope = rows[..., : dim - ROPE].contiguous().view(torch.float8_e4m3fn).float()
     rope = rows[..., dim - ROPE : dim + ROPE].contiguous().view(torch.bfloat16).float()
     keys = torch.cat((nope, rope), -1)
-    scores = torch.einsum("thd,twd->thw", q.float(), keys) * scale
+    scores = torch.einsum("thd,tkd->thk", q.float(), keys) * scale
     scores = scores.masked_fill((window_slots < 0).unsqueeze(1), float("-inf"))
     sink = attn_sink.float()[: q.shape[1]].view(1, -1, 1).expand(q.shape[0], -1, 1)
     weights = torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
-    out.copy_(torch.einsum("thw,twd->thd", weights.nan_to_num(), keys))
+    out.copy_(torch.einsum("thk,tkd->thd", weights.nan_to_num(), keys))
 
 
 def biased_topk_cpu(
