@@ -132,15 +132,7 @@ def _o_proj(self: Any, attn_out: torch.Tensor, positions: torch.Tensor) -> torch
     shard = layer.oproj
     heads = attn_out[:, : self.n_local_heads].flatten(1)
     op = torch.ops.oproj_patch.o_proj_pair.default
-    return _reduced(layer, op(heads, positions, shard.label, shard.hidden))
-
-
-def _reduced(layer: Any, output: torch.Tensor) -> torch.Tensor:
-    """Sum `output` over the tensor-parallel ranks where the layer's own forward would."""
-    shard = layer.oproj
-    if layer.reduce_results and shard.group.tp_size > 1:
-        output = shard.parallel_state.get_tp_group().all_reduce(output)
-    return output
+    return sharded.reduced(layer, op(heads, positions, shard.label, shard.hidden))
 
 
 def _project(
@@ -175,7 +167,7 @@ def _join_ascend(impl: Any, layer: Any, pair: pairs.Pair) -> None:
 
     def step(o_proj_input: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         found = sharded.run(o_proj_input.flatten(1), layer.oproj.name)
-        output[...] = _reduced(layer, found)
+        output[...] = sharded.reduced(layer, found)
         return output
 
     pair.project, impl._forward_o_proj = project, step

@@ -427,6 +427,14 @@ def _see_own_group_after_loading(layer: Any) -> None:
     method.process_weights_after_loading = process_weights_after_loading
 
 
+def reduced(layer: Any, output: torch.Tensor) -> torch.Tensor:
+    """Sum `output` over the tensor-parallel ranks where the host's own forward would."""
+    shard = layer.oproj
+    if layer.reduce_results and shard.group.tp_size > 1:
+        output = shard.parallel_state.get_tp_group().all_reduce(output)
+    return output
+
+
 def _forward(self: Any, input_: torch.Tensor, *_: Any, **__: Any) -> Any:
     # Traced by torch.compile: plain attribute reads, one opaque op, vLLM's own all-reduce.
     shard = self.oproj
@@ -437,8 +445,7 @@ def _forward(self: Any, input_: torch.Tensor, *_: Any, **__: Any) -> Any:
     if not self.input_is_parallel and group.tp_size > 1:
         input_ = input_.chunk(group.tp_size, dim=-1)[group.tp_rank]
     output = step(self, input_)
-    if self.reduce_results and group.tp_size > 1:
-        output = shard.parallel_state.get_tp_group().all_reduce(output)
+    output = reduced(self, output)
     if not self.return_bias:
         return output
     return output, (self.bias if self.skip_bias_add else None)

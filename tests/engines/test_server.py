@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,15 @@ from demo import model as demo_model
 from demo.engines import Server, serve
 
 from .runs import STORY_TELLER, EngineRuns, assert_sharded, assert_unpatched
-from .serving import assert_gauges
+from .serving import Request, assert_gauges, post
 
 REQUESTS = 64
-
-
-@dataclass(frozen=True)
-class Request:
-    prompt: str
-    max_tokens: int
-    stream: bool
 
 
 def requests() -> list[Request]:
     prompts = demo_model.prompts(REQUESTS)
     return [
-        Request(prompt, max_tokens=4 + (7 * index) % 29, stream=index % 2 == 0)
+        Request(prompt, max_tokens=4 + (7 * index) % 29, more={"stream": index % 2 == 0})
         for index, prompt in enumerate(prompts)
     ]
 
@@ -59,25 +51,12 @@ def test_64_concurrent_requests(runs: EngineRuns, tmp_path: Path) -> None:
 def answer_all(server: Server) -> list[str]:
     """Send all requests at once; return the texts in order."""
     with ThreadPoolExecutor(REQUESTS) as pool:
-        return list(pool.map(lambda request: answer(server.base_url, request), requests()))
+        return list(pool.map(lambda request: answer(server, request), requests()))
 
 
-def answer(base_url: str, request: Request) -> str:
-    body = {
-        "model": "demo",
-        "prompt": request.prompt,
-        "max_tokens": request.max_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": request.stream,
-    }
-    call = urllib.request.Request(
-        f"{base_url}/v1/completions",
-        data=json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(call, timeout=180) as response:
-        if not request.stream:
+def answer(server: Server, request: Request) -> str:
+    with post(server, request) as response:
+        if not request.more["stream"]:
             return str(json.load(response)["choices"][0]["text"])
         return "".join(chunk["choices"][0]["text"] for chunk in events(response))
 
