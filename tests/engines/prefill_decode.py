@@ -14,6 +14,8 @@ from ..hosts import wheels
 from .runs import STORY_TELLER, EngineRuns
 from .serving import Request, post
 
+LEASE = 600
+"""Seconds that a prefilled cache is kept for who asks for it: more than a test takes."""
 NIXL = ("nixl==1.5.1", "nixl-cu12==1.5.1")
 ON_THIS_MACHINE = {
     "UCX_TLS": "tcp,sm,self",
@@ -44,7 +46,7 @@ def instance(
             "kv_connector": "NixlConnector",
             "kv_role": role,
             "kv_buffer_device": "cpu",
-            "kv_connector_extra_config": {"num_threads": 1, "kv_lease_duration": 60},
+            "kv_connector_extra_config": {"num_threads": 1, "kv_lease_duration": LEASE},
         },
     )
     env = {**config.env, **ON_THIS_MACHINE, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port(run=dp))}
