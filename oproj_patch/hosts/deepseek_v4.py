@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -34,12 +33,6 @@ _TAKES_HEADS = frozenset({
 _ROPE_QUANT_HEADS = 128
 
 
-def is_v4(config: Any) -> bool:
-    """Tell whether a VllmConfig is of a DeepSeek V4 or V4.1."""
-    names = refusals.of(config, refusals.ARCHITECTURES) or ()
-    return any(fnmatchcase(str(name).lower(), "deepseekv4*") for name in names)
-
-
 def is_first(prefix: str) -> bool:
     """Tell whether `prefix` names the first layer of an output projection in two."""
     return bool(_FIRST.search(prefix))
@@ -47,7 +40,7 @@ def is_first(prefix: str) -> bool:
 
 def seams(host: Any, config: Any) -> tuple[Seam, ...]:
     """Return the seams in vLLM that DeepSeek V4 needs; config None: all of them."""
-    if config is not None and not is_v4(config):
+    if config is not None and not refusals.deepseek_v4(refusals.Facts(config)):
         return ()
     linear = Seam(
         "vllm.model_executor.layers.linear", "ColumnParallelLinear.__init__",
@@ -72,11 +65,8 @@ def _projected(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     from vllm.forward_context import get_forward_context
 
     output = wrapped(*args, **kwargs)
-    layer: Any = instance.wo_b
-    ours = isinstance(layer, sharded.ShardedMixin)
-    if ours and get_forward_context().attn_metadata is None:
-        columns = layer.input_size // layer.oproj.group.tp_size
-        layer(output.new_zeros((output.shape[0], columns)))
+    if get_forward_context().attn_metadata is None:
+        sharded.step_of_no_request(instance.wo_b, output)
     return output
 
 

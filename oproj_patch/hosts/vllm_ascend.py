@@ -258,12 +258,7 @@ def attention_ran(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     result = wrapped(*args, **kwargs)
     if group.steps == before:
         output = (dict(zip(_names(wrapped.__func__), args, strict=False)) | kwargs)["output"]
-        if pair := layer.oproj.pair:
-            heads = output.new_zeros((output.shape[0], pair.heads, pair.width))
-            instance._forward_o_proj(heads, output)
-        else:
-            columns = layer.input_size // group.tp_size
-            layer(output.new_zeros((output.shape[0], columns)))
+        sharded.step_of_no_request(layer, output)
         # 0.9.1 returns uninitialized memory, whose NaNs would spread in the experts' all-to-all.
         output.zero_()
     return result

@@ -460,6 +460,21 @@ def step(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return output
 
 
+def step_of_no_request(layer: Any, output: torch.Tensor) -> None:
+    """Take part in a step of `layer` with rows of zeros, as many as `output` [rows, hidden] has.
+
+    For a pass in which the host returns before it calls the layer. A whole layer has no steps.
+    """
+    if not isinstance(layer, ShardedMixin):
+        return
+    shard, rows = layer.oproj, output.shape[0]
+    if shard.pair is None:
+        host: Any = layer
+        host(output.new_zeros((rows, host.input_size // shard.group.tp_size)))
+    else:
+        run(output.new_zeros((rows, shard.pair.heads * shard.pair.width)), shard.name)
+
+
 # The op as torch.compile sees it: opaque, one call, named by the layer. Dynamo inlines wrapt
 # wrappers and Python around a traced forward, or fails on it under fullgraph.
 _library: torch.library.Library | None = None
@@ -555,8 +570,9 @@ def _measure(layer: Any) -> None:
     shard.kept = sum(sizes.values())
     # A parameter that a quant method makes under another name is cut as the weight is.
     shard.saved = sum(size * (cut.get(name, shard.group.size) - 1) for name, size in sizes.items())
+    both = [layer] if shard.pair is None else [layer, shard.pair.first]
     shard.description = " ".join(
-        [type(layer.quant_method).__name__]
+        [type(one.quant_method).__name__ for one in both]
         + [f"{name}:{tuple(param.shape)}:{param.dtype}" for name, param in params.items()]
     )
 
