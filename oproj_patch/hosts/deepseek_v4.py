@@ -28,7 +28,7 @@ _FIRST = re.compile(r"(^|\.)(self_attn|attn)\.wo_a$")
 _TAKES_HEADS = frozenset({
     "DeepseekV4CPUAttention", "DeepseekV4FlashMLAAttention", "DeepseekV4FlashInferMLAAttention",
     "DeepseekV4FlashInferSM120Attention",
-    "DeepseekV4Attention",  # vllm-ascend's
+    "DeepseekV4Attention", "DeepseekV41Attention",  # vllm-ascend's
 })  # fmt: skip
 _ROPE_QUANT_HEADS = 128
 

@@ -59,6 +59,7 @@ IMPLEMENTATIONS = (
     ("attention.mla_v1", "AscendMLAImpl", "", ""),  # required whatever the version is called
     ("attention.sfa_v1", "AscendSFAImpl", "0.11.0", ""),
     ("attention.dsa_v1", "AscendDSAImpl", "0.23.0", ""),
+    ("attention.dsa_v41", "AscendDSAV41Impl", "0.30.0rc2", ""),
     ("torchair.torchair_mla", "AscendMLATorchairImpl", "0.11.0", "0.11.0"),
     ("torchair.torchair_sfa", "AscendSFATorchairImpl", "0.11.0", "0.11.0"),
 )
@@ -249,7 +250,9 @@ def attention_ran(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     Without attention metadata every release returns before o_proj. SFA without rotary dimensions
     (0.30.0rc2) also does with metadata of no token.
     """
-    layer: Any = getattr(instance, "o_proj", None) or getattr(instance, "wo_b", None)
+    given = dict(zip(_names(wrapped.__func__), args, strict=False)) | kwargs
+    owner = given.get("attn", instance)  # DeepSeek V4.1's gets the attention with each call
+    layer: Any = getattr(owner, "o_proj", None) or getattr(owner, "wo_b", None)
     ours = isinstance(layer, sharded.ShardedMixin)
     if not ours:
         return wrapped(*args, **kwargs)
@@ -257,10 +260,9 @@ def attention_ran(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     before = group.steps
     result = wrapped(*args, **kwargs)
     if group.steps == before:
-        output = (dict(zip(_names(wrapped.__func__), args, strict=False)) | kwargs)["output"]
-        sharded.step_of_no_request(layer, output)
+        sharded.step_of_no_request(layer, given["output"])
         # 0.9.1 returns uninitialized memory, whose NaNs would spread in the experts' all-to-all.
-        output.zero_()
+        given["output"].zero_()
     return result
 
 
