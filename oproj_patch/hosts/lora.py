@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from .. import releases
 from ..sharding import layer as sharded
 from .seam import Seam
 
@@ -21,13 +20,12 @@ from .seam import Seam
 MANAGERS = {"vllm.lora.models": ("", "0.12.0"), "vllm.lora.model_manager": ("0.13.0", "")}
 
 
-def seams(version: str) -> tuple[Seam, ...]:
-    """Return the seams for `--enable-lora` in a release of vLLM; empty: of all releases."""
+def seams() -> tuple[Seam, ...]:
+    """Return the seams for `--enable-lora`."""
     why = "give LoRA layers a sharded o_proj in the form that they know"
     return tuple(
         Seam(module, "from_layer", layer_wrapped, why, ("layer",), since, until)
         for module, (since, until) in MANAGERS.items()
-        if not version or releases.in_range(version, since, until)
     )
 
 

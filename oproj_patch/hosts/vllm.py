@@ -30,7 +30,7 @@ from ..sharding.topology import Grid
 from ..sharding.wire import Wire
 from . import deepseek_v4, lora, refusals, warm_up
 from .refusals import of
-from .seam import Seam
+from .seam import Seam, of_release
 
 LINEAR = "vllm.model_executor.layers.linear"
 DEEPSEEK = "vllm.model_executor.models.deepseek_v2"
@@ -101,9 +101,9 @@ class Vllm(HostPass):
             salted = f"{digest}/oproj_patch/{__version__}/{self.settings.shared()}"
             return hashlib.sha256(salted.encode()).hexdigest()[: len(digest)]
 
-        adapters = lora.seams(self.versions["vllm"]) if of(config, "lora_config") else ()
+        adapters = lora.seams() if of(config, "lora_config") else ()
         attention = "check that DeepSeek's attention got a sharded o_proj", ("prefix",)
-        return (
+        every = (
             Seam(LINEAR, "RowParallelLinear.__init__", self.linear_constructed,
                  "make an o_proj a sharded layer before its weights exist",
                  ("input_size", "output_size", "quant_config", "prefix")),
@@ -122,6 +122,7 @@ class Vllm(HostPass):
             *(() if config is None else deepseek_v4.seams(self, config)),
         )  # fmt: skip
 
+        return tuple(of_release(every, self.versions["vllm"], bool(self.untested())))
     def linear_constructed(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
         """Wrap a linear layer's constructor: an o_proj becomes a sharded layer."""
         given = inspect.signature(wrapped).bind(*args, **kwargs).arguments

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from ..sharding.otp_group import CollectiveError, Counts, OtpGroup, require
 from ..sharding.rows import gather
 from ..sharding.wire import Wire
 from . import refusals
-from .seam import Seam
+from .seam import Seam, of_release
 from .vllm import SAVES, Vllm, attention_built, refuse_to_save
 
 TORCHAIR = "vllm_ascend.torchair"
@@ -86,17 +85,14 @@ class VllmAscend(Vllm):
 
             ops.register_dummy_fusion_op()  # as its worker does; without it PIECES fails to import
         own = []
-        for entry in registry(self):
+        for entry in of_release(registry(self), version, bool(self.untested())):
             if entry.module.startswith(TORCHAIR) and not self.traceable():
                 continue  # vllm-ascend imports these modules, and torchair, only in that mode
             if entry.module == SPARSE and not sparse:
                 continue  # importing it replaces DeepSeek's decoder constructor by V3.2's
             if entry.module.endswith(PIECES) and refusals.graph_mode(config) == "NONE":
                 continue  # nothing is compiled
-            if releases.in_range(version, entry.since, entry.until):
-                own.append(entry)
-            elif self.untested():  # the user said not to trust the number: what is there is wrapped
-                own.append(replace(entry, required=False))
+            own.append(entry)
         return (*super().seams(config), *own)
 
     def check_layer(self, layer: Any) -> None:
