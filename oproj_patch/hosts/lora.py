@@ -37,7 +37,12 @@ def layer_wrapped(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
         return wrapped(*args, **kwargs)
     given.arguments["layer"] = seen = view(layer)
     made = wrapped(*given.args, **given.kwargs)
-    return layer if made is seen else made  # vLLM has no LoRA layer for this class
+    if made is seen:  # vLLM has no LoRA layer for this class
+        return layer
+    # In the tree of modules is the layer itself: what loads weights anew walks it and knows it.
+    made._modules["base_layer"] = layer
+    vars(made)["base_layer"] = seen
+    return made
 
 
 class Step:
