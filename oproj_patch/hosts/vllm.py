@@ -85,6 +85,7 @@ class Vllm(HostPass):
             attentions = config.compilation_config.static_forward_context
             before, known = set(group.layers), set(attentions)
             model = wrapped(*args, **kwargs)
+            deepseek_v4.check_pairs(model, self._firsts)
             built = [name for name in group.layers if name not in before]
             sharded.check_model(model, group, built, attentions)
             if not group.main_layers:  # a drafter may name its attentions after other layers
