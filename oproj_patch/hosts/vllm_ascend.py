@@ -20,8 +20,7 @@ from ..errors import OprojError
 from ..settings import TOGGLE
 from ..sharding import diagnosis
 from ..sharding import layer as sharded
-from ..sharding.otp_group import CollectiveError, Counts, OtpGroup, require
-from ..sharding.rows import gather
+from ..sharding.otp_group import Counts, OtpGroup, require
 from ..sharding.wire import Wire
 from . import refusals
 from .seam import Seam, of_release
@@ -180,11 +179,8 @@ class VllmAscend(Vllm):
         """
         if piece.is_first_graph:
             group, rows = require("the model"), args[piece.sym_shape_indices[0]]
-            try:
-                self._agreed = gather((rows,), group)[0]
-            except CollectiveError as error:
-                where = "the beginning of a pass"
-                raise diagnosis.failed(where, str(rows), error, group) from error
+            where = "the beginning of a pass"
+            self._agreed = diagnosis.told_by_all(rows, where, group, str(rows))
         differ = len(set(self._agreed or ())) > 1
         output = (piece.compiled_graph_for_general_shape if differ else wrapped)(*args, **kwargs)
         if piece.is_last_graph:

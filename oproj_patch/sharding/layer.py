@@ -21,7 +21,7 @@ import torch
 from .._version import __version__
 from ..errors import OprojError, OprojValueError
 from ..settings import GRID, TOGGLE
-from . import exchange, grid, otp_group, weight_gather, wire
+from . import diagnosis, exchange, grid, otp_group, weight_gather, wire
 from .otp_group import Counts, LayerScope, LayerTPGroup, OtpGroup
 from .pair import Pair
 from .rows import HostPass
@@ -352,7 +352,7 @@ def settle(group: OtpGroup) -> None:
         # Ranks that gather different things would wait for each other forever.
         pieces = weight_gather.pieces(layer) if least else {}
         shapes = {name: tuple(tensor.shape) for name, tensor in pieces.items()}
-        shard.description += f" gather:{least}:{shapes} {shard.plan}"
+        shard.description += f" gather:{least}:{shapes} {shard.plan}" + " traced" * shard.traceable
         shard.leads = index == 0 or index >= group.main_layers
 
 
@@ -520,8 +520,8 @@ def _mixes_rows(layer: Any, like: torch.Tensor) -> bool:
     """Tell whether one row changes another row's result in the layer's quant method.
 
     A dynamic scale per tensor does: rows of another rank would then change this rank's result.
-    Raises OprojError for a method that remembers rows, because rows of one owner at a time do not
-    help there.
+    Raises OprojError, on every rank of the group, for a method that remembers rows on one of them,
+    because rows of one owner at a time do not help there.
     """
     if type(layer.quant_method).__name__.startswith("Unquantized"):
         return False
@@ -532,14 +532,18 @@ def _mixes_rows(layer: Any, like: torch.Tensor) -> bool:
     even[0::2] *= 1000  # a method may look at the first row, the last one, or neighbors
     odd[1::2] *= 1000
     quiet, by_even, by_odd, again = (shard.apply(x).float() for x in (rows, even, odd, rows))
-    largest = quiet.abs().max()
-    if (again - quiet).abs().max() > 0.05 * largest:  # far above what the order of a sum changes
+    largest, group = quiet.abs().max(), shard.group
+    # Far above what the order of a sum changes.
+    remembers = bool((again - quiet).abs().max() > 0.05 * largest)
+    told = diagnosis.told_by_all(int(remembers), f"the first step of {shard.name}", group)
+    if any(told):
+        ranks = ", ".join(str(rank) for rank, own in zip(group.ranks, told, strict=True) if own)
         raise OprojError(
             "OPROJ015",
-            f"{TOGGLE} is {shard.group.size}, and {type(layer.quant_method).__name__} of "
-            f"{shard.name} gave two results for the same rows: it remembers rows of earlier steps, "
-            "and those of other ranks would change this rank's results; leave o_proj out of that "
-            "quantization, or unset the variable.",
+            f"{TOGGLE} is {group.size}, and {type(layer.quant_method).__name__} of {shard.name} "
+            f"gave two results for the same rows on rank {ranks}: it remembers rows of earlier "
+            "steps, and those of other ranks would change this rank's results; leave o_proj out of "
+            "that quantization, or unset the variable.",
         )
     changed = torch.cat([(by_even - quiet)[1::2], (by_odd - quiet)[0::2]])
     return not bool(changed.abs().max() <= 1e-3 * largest)  # NaN is a change too

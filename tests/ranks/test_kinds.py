@@ -27,6 +27,49 @@ def test_rows_of_one_rank_never_change_another_ranks_result(world: World, kind: 
 
 
 class Mixing:
+def test_rows_of_one_rank_never_change_another_ranks_result_in_8_bits(world: World) -> None:
+    world.run(loud_peer, "scale", True)
+
+
+def test_every_rank_refuses_a_method_that_remembers_rows_on_one_of_them(world: World) -> None:
+    """The other rank would wait for it in the step."""
+    told = world.run(forgetful_peer)
+    assert told[0] == told[1] and " on rank 1: it remembers rows" in told[0]
+
+
+def test_ranks_of_which_one_traces_the_step_are_refused(world: World) -> None:
+    """A traced step takes equal rows for granted, another one agrees on them."""
+    for told in world.run(one_traced):
+        assert " traced] on rank 1 but [" in told and "traced] on rank 0" not in told
+
+
+def one_traced() -> str:
+    import oproj_patch
+
+    with sharding(2, 2):
+        layer, _, _ = made(HIDDEN, COLUMNS)
+        layer.oproj.traceable = os.environ["RANK"] == "1"
+        with pytest.raises(oproj_patch.OprojError) as raised, torch.inference_mode():
+            layer(whole(3, COLUMNS, torch.float32))
+    assert raised.value.code == "OPROJ012"
+    return str(raised.value)
+
+
+def forgetful_peer() -> str:
+    """In a rank: what is raised where the method of rank 1 alone remembers rows."""
+    import oproj_patch
+
+    with sharding(2, 2):
+        layer, _, _ = made(HIDDEN, COLUMNS)
+        layer.shard = layer.weight.detach().clone()
+        kind = "memory" if os.environ["RANK"] == "1" else "scale"
+        layer.quant_method = Mixing(layer.quant_method, kind)
+        with pytest.raises(oproj_patch.OprojError) as raised, torch.inference_mode():
+            layer(whole(3, COLUMNS, torch.float32))
+    assert raised.value.code == "OPROJ015"
+    return str(raised.value)
+
+
     """A quantization method in which rows change each other's results.
 
     By one dynamic scale; by the mean of all rows; by the first row, which fills up a tile; by the
