@@ -104,16 +104,19 @@ class Shard:
     pair: Pair | None = None
     alone: str = ""
 
-    def gemm(self, x: Any, counts: Counts = ()) -> torch.Tensor:
+    def gemm(
+        self, x: torch.Tensor, counts: Counts = (), open_: Callable[..., Any] | None = None
+    ) -> torch.Tensor:
         """Multiply x [sum(counts), K/a] by the local shard -> [sum(counts), hidden/b].
 
-        Run both layers of a pair. x: rows, or what the layer's own wire has in their place.
+        Run both layers of a pair. open_: makes of rows what the layer takes in their place.
         """
         run = self.apply if self.pair is None else self.pair.run
+        blocks = [x]
         if self.mixes_rows and len(counts) > 1:
-            blocks = [rows for rows in x.split(list(counts)) if rows.shape[0]] or [x]
-            return torch.cat([run(block) for block in blocks])
-        return run(x)
+            blocks = [rows for rows in x.split(list(counts)) if rows.shape[0]] or blocks
+        outputs = [run(block if open_ is None else open_(block)) for block in blocks]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def apply(self, x: Any) -> torch.Tensor:
         """Run the layer's quant method; the bias is added on the first rank of `tp` only."""
