@@ -249,7 +249,7 @@ class Vllm(HostPass):
         def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, None]:
             return quant(rows, layer.input_scale)[0], None
 
-        return Wire(chunk, dtype, quantize, restore, moved=True)
+        return Wire(chunk, dtype, quantize, restore, moved=True, parameter="input_scale")
 
     def agreed(self, config: Any) -> dict[str, str]:
         """Return what of the host's configuration must be equal on all ranks."""

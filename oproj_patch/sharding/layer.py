@@ -344,6 +344,7 @@ def settle(group: OtpGroup) -> None:
         if all(p.numel() for p in _parameters(layer).values()):  # a CPU build empties what it packs
             _measure(layer)
         element, pair = layer.params_dtype.itemsize, shard.pair
+        shard.wire = wire.as_loaded(layer)
         least = weight_gather.threshold(layer, group)
         chunk = layer.input_size_per_partition if pair is None else pair.chunk(group, element)
         shard.plan = exchange.Plan(
