@@ -122,8 +122,8 @@ class Vllm(HostPass):
             *adapters,
             *(() if config is None else deepseek_v4.seams(self, config)),
         )  # fmt: skip
-
         return tuple(of_release(every, self.versions["vllm"], bool(self.untested())))
+
     def linear_constructed(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
         """Wrap a linear layer's constructor: an o_proj becomes a sharded layer."""
         given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
@@ -213,12 +213,34 @@ class Vllm(HostPass):
             return Grid(size, 1)
         columns //= of(config, "parallel_config.tensor_parallel_size") or 1
         quant_config = of(config, "quant_config")
-        wire_bytes = {"auto": self.wire_bytes(config), "off": None}.get(self.settings.wire, 1)
+        wire_bytes = 1 if self.settings.wire in wire.DTYPES else None
+        if self.settings.wire == "auto":
+            wire_bytes = self.wire_bytes(config)
         return grid.fewest_bytes(size, columns, hidden, quant_config, wire_bytes)
 
     def wire_bytes(self, config: Any) -> int | None:
-        """Return the bytes of an element on the way out where it is not the model's type."""
-        return None
+        """Return the bytes of an element on the way out where it is not the model's type.
+
+        There are no layers yet: a whole o_proj without memory shows what the host makes of one.
+        """
+        from vllm.distributed import parallel_state
+        from vllm.model_executor.layers.linear import RowParallelLinear
+
+        text, quant_config = of(config, "model_config.hf_text_config"), of(config, "quant_config")
+        if quant_config is None:
+            return None
+        alone = otp_group.LayerTPGroup(0, [0], None, None)
+        try:
+            with otp_group.LayerScope(parallel_state, alone), torch.device("meta"):
+                layer = RowParallelLinear(
+                    o_proj_columns(text), text.hidden_size, bias=False, disable_tp=True,
+                    quant_config=quant_config, prefix="model.layers.0.self_attn.o_proj",
+                    params_dtype=config.model_config.dtype,
+                )  # fmt: skip
+            own = self.own_wire(layer)
+        except Exception:  # of a release or a method that needs more than that; ranks compare grids
+            return None
+        return 1 if own is not None and own.moved else None
 
     def own_wire(self, layer: Any) -> Wire | None:
         """Return the wire of a layer with a static scale, `input_scale`; None: another layer.

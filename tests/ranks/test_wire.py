@@ -76,15 +76,19 @@ def plain(wire: str, grid: str, buffer: int | None) -> tuple[float, float, int]:
 
 
 @contextlib.contextmanager
-def bfloat16(**env: str) -> Iterator[Any]:
-    """`sharding` for four ranks of a bfloat16 model, whose kernels in Python are not compiled."""
+def bfloat16(given: Any = None, **env: str) -> Iterator[Any]:
+    """`sharding` for four ranks of a bfloat16 model, whose kernels in Python are not compiled.
+
+    given: vLLM's configuration, with a model's.
+    """
     from vllm.model_executor.custom_op import CustomOp
 
     as_it_is = mock.patch.object(CustomOp, "maybe_compile", lambda _, function, **__: function)
     env["OPROJ_WEIGHT_GATHER_ROWS"] = "0"
-    with sharding(4, 4, dtype=torch.bfloat16, **env) as config, as_it_is:
-        moe = vars(layers.moe_model_config())
-        config.model_config = SimpleNamespace(**moe, dtype=torch.bfloat16)
+    with sharding(4, 4, dtype=torch.bfloat16, config=given, **env) as config, as_it_is:
+        if given is None:
+            moe = vars(layers.moe_model_config())
+            config.model_config = SimpleNamespace(**moe, dtype=torch.bfloat16)
         yield config
 
 
@@ -270,10 +274,6 @@ def beside_a_zero_point() -> float:
     return float((found - x).abs().max()) / 2.5
 
 
-# Method, or None: not quantized; OPROJ_WIRE; columns; what the sentence says.
-REFUSED: list[tuple[str | None, str, int, str]] = [
-    ("int8 per token", "fp8", 512, "it is quantized to int8; accepted are auto, off and int8:"),
-    ("int8 static", "fp8", 512, "it is quantized to int8; accepted are auto, off and int8:"),
 @four_ranks
 def test_a_kernel_removes_the_scale_after_loading_with_a_stand_in_for_marlin(world: World) -> None:
     """Rows then travel with scales of their own, or with `auto` in the model's type."""
@@ -345,13 +345,17 @@ def chosen(method: str | None, wire: str, columns: int, hidden: int) -> tuple[st
         return str(layer.oproj.grid), sum(sent)
 
 
+# Method, or None: not quantized; OPROJ_WIRE; columns; what the sentence says.
+REFUSED: list[tuple[str | None, str, int, str]] = [
+    ("int8 per token", "fp8", 512, "it is quantized to int8; accepted are auto, off and int8:"),
+    ("int8 static", "fp8", 512, "it is quantized to int8; accepted are auto, off and int8:"),
     ("fp8 static", "int8", 512, "it is quantized to fp8; accepted are auto, off and fp8:"),
     (None, "int8", 24, "its 6 input columns on a rank are no multiple of 4, which scales need;"),
+    ("int8 static", "int8", 24, "its 6 input columns on a rank are no multiple of 4,"),
 ]
 
 
 @four_ranks
-    ("int8 static", "int8", 24, "its 6 input columns on a rank are no multiple of 4,"),
 @pytest.mark.parametrize(("method", "wire", "columns", "told"), REFUSED)
 def test_refused_before_loading(
     world: World, method: str | None, wire: str, columns: int, told: str
