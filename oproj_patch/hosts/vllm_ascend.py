@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,7 @@ class VllmAscend(Vllm):
     name = "vllm-ascend"
     _npu: Any = None
     _agreed: Counts | None = None
+    _pass: Callable[[], Any] = staticmethod(lambda: None)
 
     def seams(self, config: Any) -> tuple[Seam, ...]:
         version, names = self.versions[self.name], refusals.of(config, refusals.ARCHITECTURES)
@@ -173,6 +175,12 @@ class VllmAscend(Vllm):
 
     def announced(self, group: OtpGroup) -> Counts | None:
         # Not vllm-ascend's metadata, which differs between ranks where it pads only some of them.
+        from vllm import forward_context
+
+        running = forward_context._forward_context
+        if running is not None and running is not self._pass():
+            # The first layer of this pass may be in a graph, which replays without Python.
+            self._pass, group.counts = weakref.ref(running), None
         return self._agreed
 
     def piece_ran(self, wrapped: Any, piece: Any, args: Any, kwargs: Any) -> Any:
