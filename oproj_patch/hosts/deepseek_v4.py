@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
+from ..errors import OprojError
+from ..settings import TOGGLE
 from ..sharding import layer as sharded
 from ..sharding import pair as pairs
 from ..sharding.otp_group import OtpGroup
@@ -81,6 +83,21 @@ def obstacle(owner: str, text: Any, group: OtpGroup) -> str:
     if owner == "DeepseekV4FlashInferMLAAttention" and heads // group.tp_size == _ROPE_QUANT_HEADS:
         return f"RopeQuant of {owner} quantizes the heads at {_ROPE_QUANT_HEADS} local heads"
     return pairs.obstacle(heads, groups, group, group.settings.grid)
+
+
+def check_pairs(model: Any, firsts: Mapping[str, pairs.Pair | str]) -> None:
+    """Raise OprojError for a wo_a of `model` that is sharded without its wo_b.
+
+    firsts: what waits for a second layer: prefix of that layer -> pair, or why the first is whole.
+    """
+    for second, first in firsts.items():
+        if isinstance(first, pairs.Pair):
+            raise OprojError(
+                "OPROJ007",
+                f"{type(model).__name__} is sharded in part: {first.first.oproj.name} was sharded, "
+                f"but no row-parallel layer {second} was built, which is one step with it: this "
+                f"model is not supported in this release; unset {TOGGLE}, and please report it.",
+            )
 
 
 def join(model: Any, ascend: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import threading
@@ -239,12 +240,26 @@ def destroy() -> None:
     group, _current = _current, None
     if group is None:
         return
+    _release_graphs()
     groups = [group.device_group, group.cpu_group]
     for layer_tp in group.layer_tp.values():
         groups += [layer_tp.device_group, layer_tp.cpu_group]
     if dist.is_initialized():
         for process_group in {id(g): g for g in groups}.values():
             dist.destroy_process_group(process_group)
+
+
+def _release_graphs() -> None:
+    """Reset every CUDA graph of this process.
+
+    NCCL 2.28.9 neither destroys nor aborts a communicator while a graph holds its collectives:
+    it waits forever. Workers of vLLM destroy their groups with their graphs alive (read in 0.11.0
+    to 0.32.0).
+    """
+    gc.unfreeze()  # vLLM hides what is alive after its start from the collector
+    for found in gc.get_objects():
+        if issubclass(type(found), torch.cuda.CUDAGraph):
+            found.reset()
 
 
 def check_layers(group: OtpGroup, facts: Mapping[str, str]) -> None:

@@ -32,9 +32,9 @@ def seams() -> str:
     from oproj_patch import activation
     from oproj_patch.hosts import ascend_option, deepseek_v4, lora, vllm, vllm_ascend
 
-    host = vllm.Vllm({})
+    host = vllm.Vllm({"vllm": ""})
     v4 = deepseek_v4.seams(host, None)
-    upstream = (activation.group_seam(), *host.seams(None), *v4, *lora.seams(""))
+    upstream = (activation.group_seam(), *host.seams(None), *v4, *lora.seams())
     own = vllm_ascend.registry(vllm_ascend.VllmAscend({}))
     ascend = (*ascend_option.seams(Settings(size=2)), *own)
     rows: dict[tuple[str, str], dict[tuple[str, str], None]] = {}

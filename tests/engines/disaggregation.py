@@ -14,15 +14,20 @@ from collections import Counter
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats
+from vllm.distributed.nixl_utils import NixlWrapper
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.worker.gpu_worker import Worker
 
 from demo.probe import WorkerProbe
 
 _SECONDS_BETWEEN_SAMPLES = 0.01
+_MICROSECONDS_BETWEEN_POLLS = 1000
+"""Of NIXL's thread, whose default is none: on two cores four of them leave nothing for vLLM."""
 _counts: Counter[str] = Counter({"transfers": 0, "dummy batches": 0})
 _watched: dict[str, Any] = {}
 _record_transfer = NixlKVConnectorStats.record_transfer
+_nixl = sys.modules[NixlWrapper.__module__].nixlBind
+_agent = _nixl.nixlAgent
 _execute_dummy_batch = Worker.execute_dummy_batch
 
 
@@ -68,7 +73,13 @@ def _noting(self: Any) -> None:
     _execute_dummy_batch(self)
 
 
+def _patient_agent(name: str, config: Any) -> Any:
+    config.pthrDelay = _MICROSECONDS_BETWEEN_POLLS
+    return _agent(name, config)
+
+
 NixlKVConnectorStats.record_transfer = _counting
 Worker.execute_dummy_batch = _noting
-# NIXL pins the main thread of every worker to the machine's last core.
+# vLLM pins the main thread of every worker to the machine's last core, for NIXL.
 CpuPlatform.discover_numa_topology = classmethod(lambda cls: [])
+_nixl.nixlAgent = _patient_agent

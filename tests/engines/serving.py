@@ -77,7 +77,10 @@ def _answer(server: Server, request: Request) -> Completion:
 
 
 def post(server: Server, request: Request, timeout: float = 180.0) -> Any:
-    """Send a request; return the open response. Raises TimeoutError."""
+    """Send a request; return the open response.
+
+    Raises `EngineError` with the server's log when it refuses, or is silent for `timeout` seconds.
+    """
     body = {
         "model": "demo",
         "prompt": request.prompt,
@@ -91,7 +94,10 @@ def post(server: Server, request: Request, timeout: float = 180.0) -> Any:
     if request.rank is not None:
         headers["X-data-parallel-rank"] = str(request.rank)
     url, data = f"{server.base_url}/v1/completions", json.dumps(body).encode()
-    return urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=timeout)
+    try:
+        return urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=timeout)
+    except OSError as error:
+        raise EngineError(f"{url}: {error}", [server.log()]) from error
 
 
 def samples(server: Server, start: str) -> dict[tuple[str, str], float]:

@@ -27,6 +27,8 @@ from unittest import mock
 
 import torch
 
+from tests.ranks.layers import DEVICE, enter_device
+
 from . import emulator, host
 
 SIZE = 2
@@ -96,7 +98,8 @@ DRAFTED = "1+1"
 def matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
     """A float32 matrix [rows, columns], the same on every rank."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator) / columns**0.5
+    values = torch.randn(rows, columns, generator=generator, device="cpu")
+    return values / columns**0.5
 
 
 def expected(tokens: Sequence[int]) -> torch.Tensor:
@@ -264,6 +267,7 @@ def vllm_groups(options: dict[str, Any]) -> Iterator[Any]:
 
     rank = int(os.environ["RANK"])
     os.environ.setdefault("VLLM_DIST_IDENT", os.environ["MASTER_PORT"])
+    backend = enter_device()
     given = EngineArgs(model=model_directory(), **options)
     with host.configured():
         config = given.create_engine_config()
@@ -271,7 +275,7 @@ def vllm_groups(options: dict[str, Any]) -> Iterator[Any]:
         # The world of both ranks at once, which some releases would multiply by the size.
         config.parallel_config.data_parallel_size = 1
         parallel_state.init_distributed_environment(
-            SIZE, rank, "tcp://127.0.0.1:" + os.environ["MASTER_PORT"], rank, "gloo"
+            SIZE, rank, "tcp://127.0.0.1:" + os.environ["MASTER_PORT"], rank, backend
         )
         config.parallel_config.data_parallel_size = SIZE
         config.parallel_config.data_parallel_rank = rank
@@ -312,10 +316,14 @@ def runner(mode: str, drafting: bool) -> Iterator[Any]:
             host.answer_for_npu(undo)
             from vllm_ascend.worker.model_runner_v1 import NPUModelRunner as Runner
         else:
-            stack.enter_context(emulator.installed())
+            if DEVICE.type == "cpu":
+                stack.enter_context(emulator.installed())
             host.give_graphs(undo)
             config = stack.enter_context(vllm_groups(options))
             from vllm.v1.worker.gpu_model_runner import GPUModelRunner as Runner
+        if DEVICE.type == "cuda":
+            stack.enter_context(host.on_cuda())
+            config.parallel_config.disable_nccl_for_dp_synchronization = True
         host.give_compiler(undo)
         splitting = config.compilation_config.splitting_ops
         if splitting:
@@ -327,13 +335,14 @@ def runner(mode: str, drafting: bool) -> Iterator[Any]:
             config.cache_config.kv_cache_layout = "LBNHC"  # what the engine tells its workers
 
         def load(self: Any, vllm_config: Any, model_config: Any, **_: Any) -> Any:
-            model = base_loader.initialize_model(vllm_config)
+            with DEVICE:
+                model = base_loader.initialize_model(vllm_config)
             model.load_weights(())
-            return model.eval()
+            return model.to(DEVICE).eval()
 
         cache = KVCacheConfig(num_blocks=64, kv_cache_tensors=[], kv_cache_groups=[])
         with mock.patch.object(base_loader.BaseModelLoader, "load_model", load):
-            found = Runner(config, torch.device("cpu"))
+            found = Runner(config, DEVICE)
             found.load_model()
             if hasattr(found, "attn_metadata_builders"):  # up to 0.10.0, which asks the first
                 _give_attention(found, cache)
@@ -478,7 +487,7 @@ def do(found: Any, rows: Any, step: int) -> float | None:
     if getattr(found, "execute_model_state", None) is not None:
         found.execute_model_state = None
     assert hidden.shape == (len(last), HIDDEN), hidden.shape
-    return float((hidden.double() - expected(last)).abs().max())
+    return float((hidden.double().cpu() - expected(last)).abs().max())
 
 
 def steps(mode: str, drafting: bool, plan: Sequence[Step], watch: Watch) -> None:
@@ -495,6 +504,8 @@ def steps(mode: str, drafting: bool, plan: Sequence[Step], watch: Watch) -> None
             watch.allow(STEP_SECONDS)
             before = emulator.Graph.replays
             error = do(found, step[rank], number)
+            if DEVICE.type == "cuda":  # A peer that ends before its kernels would leave this one.
+                torch.cuda.synchronize()
             watch.told["replays"].append(emulator.Graph.replays - before)
             watch.told["errors"].append(error)
 

@@ -110,6 +110,31 @@ def give_graphs(undo: emulator.Patches) -> None:
 
 
 @contextlib.contextmanager
+def on_cuda() -> Iterator[None]:
+    """Within it vLLM's CPU platform has the graphs and the streams of a real GPU.
+
+    The emulator's class counts captures and replays here as well.
+    """
+
+    class Counted(torch.cuda.CUDAGraph):  # type: ignore[misc]
+        def capture_end(self) -> None:
+            super().capture_end()
+            emulator.Graph.captures += 1
+
+        def replay(self) -> None:
+            emulator.Graph.replays += 1
+            super().replay()
+
+    from vllm.platforms import current_platform
+
+    with emulator.Patches() as undo, torch.cuda.stream(torch.cuda.Stream()):
+        undo.put(torch.cuda, "CUDAGraph", Counted)
+        pool = staticmethod(lambda *_: torch.cuda.graph_pool_handle())
+        undo.put(type(current_platform), "graph_pool_handle", pool)
+        yield
+
+
+@contextlib.contextmanager
 def configured() -> Iterator[None]:
     """Within it releases that ask for CUDA instead of for device graphs are told so."""
     from vllm.platforms import current_platform, interface

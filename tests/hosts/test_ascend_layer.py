@@ -338,6 +338,20 @@ def _drawn(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> 
 
 
 @part()
+def test_rows_are_agreed_anew_where_a_graph_replays_the_first_layer(here: Here) -> None:
+    """No Python runs at that layer then, so a later one must not use the counts of another pass."""
+    from oproj_patch.sharding import otp_group, rows
+
+    group, mine = otp_group.require("it"), here.config.parallel_config.data_parallel_rank
+    host = next(iter(group.layers.values())).oproj.host
+    for own, leads in ((2 + mine, True), (7 - mine, False)):
+        with forward_context(here.config, own, None):
+            counts = rows.across_group(own, group, host, "the first here", leads)
+            assert counts == ((2, 3) if leads else (7, 6))
+            assert rows.across_group(1, group, host, "the next", False) is counts
+
+
+@part()
 def test_steps_of_a_drafter_with_other_rows_in_one_forward_context(here: Here) -> None:
     """The layer alone: vllm-ascend's proposers are not run."""
     from vllm.model_executor.layers.linear import RowParallelLinear

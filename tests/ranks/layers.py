@@ -14,6 +14,8 @@ from unittest import mock
 import torch
 
 O_PROJ = "model.layers.0.self_attn.o_proj"
+DEVICE = torch.device(os.environ.get("OPROJ_TEST_DEVICE", "cpu"))
+"""Where the layers and their rows are; on `cuda` the collectives are NCCL's."""
 
 _open = contextlib.ExitStack()
 
@@ -38,6 +40,19 @@ def configuration() -> Any:
     return config
 
 
+def enter_device() -> str:
+    """Prepare this rank for `DEVICE`; return the backend of its collectives.
+
+    All ranks may share one GPU: NCCL takes them for nodes, which it connects by sockets.
+    """
+    if DEVICE.type == "cpu":
+        return "gloo"
+    os.environ |= {"NCCL_HOSTID": os.environ["RANK"], "NCCL_SOCKET_IFNAME": "lo"}
+    os.environ["NCCL_IB_DISABLE"] = "1"
+    torch.cuda.set_device(int(os.environ["RANK"]) % torch.cuda.device_count())
+    return "nccl"
+
+
 @contextlib.contextmanager
 def world() -> Iterator[None]:
     """Enter torch.distributed and vLLM's world group of WORLD_SIZE ranks."""
@@ -46,12 +61,13 @@ def world() -> Iterator[None]:
     rank = int(os.environ["RANK"])
     # The CPU executor sets it; vLLM names its shared memory by it.
     os.environ.setdefault("VLLM_DIST_IDENT", os.environ["MASTER_PORT"])
+    backend = enter_device()
     parallel_state.init_distributed_environment(
         world_size=int(os.environ["WORLD_SIZE"]),
         rank=rank,
         distributed_init_method="tcp://{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ),
         local_rank=rank,
-        backend="gloo",
+        backend=backend,
     )
     try:
         yield
@@ -99,9 +115,13 @@ def groups(dp: int, tp: int = 1, pp: int = 1) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def sharding(
-    size: int, dp: int, tp: int = 1, dtype: torch.dtype = torch.float32, **env: str
-) -> Iterator[Any]:
-    """Switch the shim on with `env`, create the groups of a `launch.World`; yield vLLM's config."""
+    size: int, dp: int, tp: int = 1, dtype: torch.dtype = torch.float32, config: Any = None,
+    **env: str,
+) -> Iterator[Any]:  # fmt: skip
+    """Switch the shim on with `env`, create the groups of a `launch.World`; yield vLLM's config.
+
+    config: the configuration, if not one without a model.
+    """
     import oproj_patch
 
     join_world()
@@ -109,8 +129,8 @@ def sharding(
         oproj_patch.enable(size)
         torch.set_default_dtype(dtype)
         try:
-            with model_groups(dp, tp) as config:
-                yield config
+            with model_groups(dp, tp, config=config) as given:
+                yield given
             assert oproj_patch.status().otp_ranks == ()
         finally:
             torch.set_default_dtype(torch.float32)
@@ -192,14 +212,15 @@ def whole(out_features: int, in_features: int, dtype: torch.dtype, seed: int = 0
     """Return a full weight [out, in], the same on every rank."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out_features, in_features, generator=generator, dtype=torch.float32)
-    return (weight / in_features**0.5).to(dtype)
+    return (weight / in_features**0.5).to(DEVICE, dtype)
 
 
 def build(prefix: str, hidden: int, columns: int, **options: Any) -> Any:
     """Return vLLM's RowParallelLinear, [hidden, columns] before it is cut."""
     from vllm.model_executor.layers.linear import RowParallelLinear
 
-    return RowParallelLinear(columns, hidden, prefix=prefix, **options)
+    with DEVICE:
+        return RowParallelLinear(columns, hidden, prefix=prefix, **options)
 
 
 def load(layer: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
