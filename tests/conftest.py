@@ -48,8 +48,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Let a worker run whole groups of tests: those of a file, and in a file those of a host.
 
-    The tests of a group share what takes long to start; those of `faults` share nothing. xdist 3.8 marks groups in a way that
-    pytest 9.2 does not see.
+    The tests of a group share what takes long to start; those of `faults` share nothing.
+    xdist 3.8 marks groups in a way that pytest 9.2 does not see.
     """
     from xdist.scheduler import LoadScopeScheduling
 
