@@ -40,20 +40,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 f"{room}: remove the marker."
             )
         item.add_marker(room)
+        if room == "engines":
+            item.add_marker("alone")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Let a worker run whole groups of tests: those of a file, and in a file those of a host.
 
-    The tests of a group share what takes long to start. xdist 3.8 marks groups in a way that
-    pytest 9.2 does not see.
+    The tests of a group share what takes long to start; those of `faults` share nothing.
+    xdist 3.8 marks groups in a way that pytest 9.2 does not see.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class Groups(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file, _, test = nodeid.partition("::")
+            if Path(file).parent.name == "faults":
+                return nodeid
             host = _HOST.search(test)
             return f"{file} {host[0]}" if host else file
 

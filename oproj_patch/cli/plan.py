@@ -217,8 +217,10 @@ def format_plan(plan: dict[str, Any]) -> str:
         )
     if groups:
         notes[1:] = [
-            "o_proj stands for wo_b and wo_a; where N does not divide the groups of wo_a, or the "
-            "host's attention hands on quantized heads, wo_b alone is sharded, on its own grid"
+            "DeepSeek V4 has wo_a and wo_b in place of an o_proj; the column o_proj is the sum of "
+            "both",
+            "wo_b alone is sharded where N does not divide the groups of wo_a, and where the "
+            "attention quantizes its output before wo_a; then it has a grid of its own",
         ]
     if mtp:
         notes.append(f"MTP is not counted: {mtp / GIB:.2f} GiB more o_proj per rank, sharded alike")
@@ -319,8 +321,9 @@ def parse_config(config: dict[str, Any], weight_dtype: str | None = None) -> Mod
             described = text[name].get("quantization", text[name])
             found = {**described, "quant_method": family, **found}
     # As `VllmAscend.wire_bytes` and `grid.fewest_bytes` decide.
-    kinds = {kind for name, kind in found.items() if name.endswith(".o_proj.weight")}
-    narrow = found.get("quant_method") == "ascend" and kinds == {"W8A8"} and not weight_dtype
+    kinds = [kind for name, kind in found.items() if name.endswith(".o_proj.weight")]
+    narrow = found.get("quant_method") == "ascend" and not weight_dtype
+    narrow = narrow and 2 * kinds.count("W8A8") > len(kinds)
     quantized = weight_dtype not in TORCH_DTYPES.values() if weight_dtype else found
     if found and not weight_dtype:
         roots = ("model.language_model", "language_model.model") if inner else ("model",)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
+from ..errors import OprojError
+from ..settings import TOGGLE
 from ..sharding import layer as sharded
 from ..sharding import pair as pairs
 from ..sharding.otp_group import OtpGroup
@@ -29,15 +30,9 @@ _FIRST = re.compile(r"(^|\.)(self_attn|attn)\.wo_a$")
 _TAKES_HEADS = frozenset({
     "DeepseekV4CPUAttention", "DeepseekV4FlashMLAAttention", "DeepseekV4FlashInferMLAAttention",
     "DeepseekV4FlashInferSM120Attention",
-    "DeepseekV4Attention",  # vllm-ascend's
+    "DeepseekV4Attention", "DeepseekV41Attention",  # vllm-ascend's
 })  # fmt: skip
 _ROPE_QUANT_HEADS = 128
-
-
-def is_v4(config: Any) -> bool:
-    """Tell whether a VllmConfig is of a DeepSeek V4 or V4.1."""
-    names = refusals.of(config, refusals.ARCHITECTURES) or ()
-    return any(fnmatchcase(str(name).lower(), "deepseekv4*") for name in names)
 
 
 def is_first(prefix: str) -> bool:
@@ -47,7 +42,7 @@ def is_first(prefix: str) -> bool:
 
 def seams(host: Any, config: Any) -> tuple[Seam, ...]:
     """Return the seams in vLLM that DeepSeek V4 needs; config None: all of them."""
-    if config is not None and not is_v4(config):
+    if config is not None and not refusals.deepseek_v4(refusals.Facts(config)):
         return ()
     linear = Seam(
         "vllm.model_executor.layers.linear", "ColumnParallelLinear.__init__",
@@ -72,11 +67,8 @@ def _projected(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     from vllm.forward_context import get_forward_context
 
     output = wrapped(*args, **kwargs)
-    layer: Any = instance.wo_b
-    ours = isinstance(layer, sharded.ShardedMixin)
-    if ours and get_forward_context().attn_metadata is None:
-        columns = layer.input_size // layer.oproj.group.tp_size
-        layer(output.new_zeros((output.shape[0], columns)))
+    if get_forward_context().attn_metadata is None:
+        sharded.step_of_no_request(instance.wo_b, output)
     return output
 
 
@@ -91,6 +83,21 @@ def obstacle(owner: str, text: Any, group: OtpGroup) -> str:
     if owner == "DeepseekV4FlashInferMLAAttention" and heads // group.tp_size == _ROPE_QUANT_HEADS:
         return f"RopeQuant of {owner} quantizes the heads at {_ROPE_QUANT_HEADS} local heads"
     return pairs.obstacle(heads, groups, group, group.settings.grid)
+
+
+def check_pairs(model: Any, firsts: Mapping[str, pairs.Pair | str]) -> None:
+    """Raise OprojError for a wo_a of `model` that is sharded without its wo_b.
+
+    firsts: what waits for a second layer: prefix of that layer -> pair, or why the first is whole.
+    """
+    for second, first in firsts.items():
+        if isinstance(first, pairs.Pair):
+            raise OprojError(
+                "OPROJ007",
+                f"{type(model).__name__} is sharded in part: {first.first.oproj.name} was sharded, "
+                f"but no row-parallel layer {second} was built, which is one step with it: this "
+                f"model is not supported in this release; unset {TOGGLE}, and please report it.",
+            )
 
 
 def join(model: Any, ascend: bool) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from .. import releases
 from ..sharding import layer as sharded
 from .seam import Seam
 
@@ -21,13 +20,12 @@ from .seam import Seam
 MANAGERS = {"vllm.lora.models": ("", "0.12.0"), "vllm.lora.model_manager": ("0.13.0", "")}
 
 
-def seams(version: str) -> tuple[Seam, ...]:
-    """Return the seams for `--enable-lora` in a release of vLLM; empty: of all releases."""
+def seams() -> tuple[Seam, ...]:
+    """Return the seams for `--enable-lora`."""
     why = "give LoRA layers a sharded o_proj in the form that they know"
     return tuple(
         Seam(module, "from_layer", layer_wrapped, why, ("layer",), since, until)
         for module, (since, until) in MANAGERS.items()
-        if not version or releases.in_range(version, since, until)
     )
 
 
@@ -39,7 +37,12 @@ def layer_wrapped(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
         return wrapped(*args, **kwargs)
     given.arguments["layer"] = seen = view(layer)
     made = wrapped(*given.args, **given.kwargs)
-    return layer if made is seen else made  # vLLM has no LoRA layer for this class
+    if made is seen:  # vLLM has no LoRA layer for this class
+        return layer
+    # In the tree of modules is the layer itself: what loads weights anew walks it and knows it.
+    made._modules["base_layer"] = layer
+    vars(made)["base_layer"] = seen
+    return made
 
 
 class Step:

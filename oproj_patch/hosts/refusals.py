@@ -143,6 +143,9 @@ def _shared_experts(facts: Facts) -> object:
     return on and not of(facts.vllm, "model_config.enforce_eager") and "on"
 
 
+deepseek_v4 = _named(ARCHITECTURES, "deepseekv4*")
+"""Finds a DeepSeek V4 or V4.1."""
+
 RULES: tuple[Rule, ...] = (
     Rule("--enable-elastic-ep", _set("parallel_config.enable_elastic_ep"),
          "its data-parallel ranks come and go in stateless groups, and a shard of the weight "
@@ -170,7 +173,7 @@ RULES: tuple[Rule, ...] = (
     Rule("the quantization's transform_config",
          lambda facts: of(facts.vllm, "quant_config.transform_config") and "given",
          "its transforms mix all input columns of a layer and cannot be cut"),
-    Rule("on ROCm the model architecture", _all(_rocm, _named(ARCHITECTURES, "deepseekv4*")),
+    Rule("on ROCm the model architecture", _all(_rocm, deepseek_v4),
          "its kernels there (_bpre_attn_gemm, the mono kernels) read wo_b's weight past the "
          "layer's forward", remedy="unset the variable for this model"),
     Rule("VLLM_ENABLE_GEMM_RS with tensor parallelism and the model architecture",
@@ -179,7 +182,7 @@ RULES: tuple[Rule, ...] = (
          "its fused GEMM and reduce-scatter reads wo_b's weight past the layer's forward",
          remedy="unset one of the two variables"),
     Rule("--enable-lora with the model architecture",
-         _all(_given("lora_config"), _named(ARCHITECTURES, "deepseekv4*")),
+         _all(_given("lora_config"), deepseek_v4),
          "its two output projections have not been run below a LoRA layer"),
     Rule("--tensor-parallel-size above 1 with the model architecture",
          _all(_more_than_one("tensor_parallel_size"), _named(ARCHITECTURES, "kimik3*")),
@@ -214,9 +217,6 @@ RULES: tuple[Rule, ...] = (
          lambda facts: of(facts.ascend, "sparse_kv_offload_config.enabled"),
          "its attention has a class of its own, in which an idle rank does not reach o_proj",
          host="vllm-ascend", since="0.26.0rc1"),
-    Rule("the model architecture", _named(ARCHITECTURES, "deepseekv41*"),
-         "its attention has a class of its own, in which an idle rank does not reach wo_b",
-         host="vllm-ascend", since="0.30.0rc2", remedy="unset the variable for this model"),
     Rule("additional_config.enable_dsa_cp", _additional("enable_dsa_cp"),
          "its attention multiplies rows by a whole o_proj weight, which it gathers itself",
          host="vllm-ascend", since="0.23.0"),

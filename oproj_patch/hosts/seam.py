@@ -7,8 +7,8 @@ import importlib
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import releases
@@ -65,6 +65,15 @@ class Installed:
         else:
             setattr(self.parent, self.attribute, self.wrapper.__wrapped__)
         return True
+
+
+def of_release(seams: Iterable[Seam], version: str, untested: bool) -> list[Seam]:
+    """Return the seams whose symbols a release has; of an untested one also all that are there.
+
+    A user who skips the version check says not to trust the number.
+    """
+    here = [(seam, releases.in_range(version, seam.since, seam.until)) for seam in seams]
+    return [s if found else replace(s, required=False) for s, found in here if found or untested]
 
 
 def resolve(seam: Seam, host: str) -> tuple[Any, str, Any] | None:

@@ -30,7 +30,7 @@ from ..sharding.topology import Grid
 from ..sharding.wire import Wire
 from . import deepseek_v4, lora, refusals, warm_up
 from .refusals import of
-from .seam import Seam
+from .seam import Seam, of_release
 
 LINEAR = "vllm.model_executor.layers.linear"
 DEEPSEEK = "vllm.model_executor.models.deepseek_v2"
@@ -85,6 +85,7 @@ class Vllm(HostPass):
             attentions = config.compilation_config.static_forward_context
             before, known = set(group.layers), set(attentions)
             model = wrapped(*args, **kwargs)
+            deepseek_v4.check_pairs(model, self._firsts)
             built = [name for name in group.layers if name not in before]
             sharded.check_model(model, group, built, attentions)
             if not group.main_layers:  # a drafter may name its attentions after other layers
@@ -101,9 +102,9 @@ class Vllm(HostPass):
             salted = f"{digest}/oproj_patch/{__version__}/{self.settings.shared()}"
             return hashlib.sha256(salted.encode()).hexdigest()[: len(digest)]
 
-        adapters = lora.seams(self.versions["vllm"]) if of(config, "lora_config") else ()
+        adapters = lora.seams() if of(config, "lora_config") else ()
         attention = "check that DeepSeek's attention got a sharded o_proj", ("prefix",)
-        return (
+        every = (
             Seam(LINEAR, "RowParallelLinear.__init__", self.linear_constructed,
                  "make an o_proj a sharded layer before its weights exist",
                  ("input_size", "output_size", "quant_config", "prefix")),
@@ -121,6 +122,7 @@ class Vllm(HostPass):
             *adapters,
             *(() if config is None else deepseek_v4.seams(self, config)),
         )  # fmt: skip
+        return tuple(of_release(every, self.versions["vllm"], bool(self.untested())))
 
     def linear_constructed(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
         """Wrap a linear layer's constructor: an o_proj becomes a sharded layer."""
@@ -211,12 +213,34 @@ class Vllm(HostPass):
             return Grid(size, 1)
         columns //= of(config, "parallel_config.tensor_parallel_size") or 1
         quant_config = of(config, "quant_config")
-        wire_bytes = {"auto": self.wire_bytes(config), "off": None}.get(self.settings.wire, 1)
+        wire_bytes = 1 if self.settings.wire in wire.DTYPES else None
+        if self.settings.wire == "auto":
+            wire_bytes = self.wire_bytes(config)
         return grid.fewest_bytes(size, columns, hidden, quant_config, wire_bytes)
 
     def wire_bytes(self, config: Any) -> int | None:
-        """Return the bytes of an element on the way out where it is not the model's type."""
-        return None
+        """Return the bytes of an element on the way out where it is not the model's type.
+
+        There are no layers yet: a whole o_proj without memory shows what the host makes of one.
+        """
+        from vllm.distributed import parallel_state
+        from vllm.model_executor.layers.linear import RowParallelLinear
+
+        text, quant_config = of(config, "model_config.hf_text_config"), of(config, "quant_config")
+        if quant_config is None:
+            return None
+        alone = otp_group.LayerTPGroup(0, [0], None, None)
+        try:
+            with otp_group.LayerScope(parallel_state, alone), torch.device("meta"):
+                layer = RowParallelLinear(
+                    o_proj_columns(text), text.hidden_size, bias=False, disable_tp=True,
+                    quant_config=quant_config, prefix="model.layers.0.self_attn.o_proj",
+                    params_dtype=config.model_config.dtype,
+                )  # fmt: skip
+            own = self.own_wire(layer)
+        except Exception:  # of a release or a method that needs more than that; ranks compare grids
+            return None
+        return 1 if own is not None and own.moved else None
 
     def own_wire(self, layer: Any) -> Wire | None:
         """Return the wire of a layer with a static scale, `input_scale`; None: another layer.
@@ -247,7 +271,7 @@ class Vllm(HostPass):
         def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, None]:
             return quant(rows, layer.input_scale)[0], None
 
-        return Wire(chunk, dtype, quantize, restore, moved=True)
+        return Wire(chunk, dtype, quantize, restore, moved=True, parameter="input_scale")
 
     def agreed(self, config: Any) -> dict[str, str]:
         """Return what of the host's configuration must be equal on all ranks."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,11 +21,10 @@ from ..errors import OprojError
 from ..settings import TOGGLE
 from ..sharding import diagnosis
 from ..sharding import layer as sharded
-from ..sharding.otp_group import CollectiveError, Counts, OtpGroup, require
-from ..sharding.rows import gather
+from ..sharding.otp_group import Counts, OtpGroup, require
 from ..sharding.wire import Wire
 from . import refusals
-from .seam import Seam
+from .seam import Seam, of_release
 from .vllm import SAVES, Vllm, attention_built, refuse_to_save
 
 TORCHAIR = "vllm_ascend.torchair"
@@ -59,6 +58,7 @@ IMPLEMENTATIONS = (
     ("attention.mla_v1", "AscendMLAImpl", "", ""),  # required whatever the version is called
     ("attention.sfa_v1", "AscendSFAImpl", "0.11.0", ""),
     ("attention.dsa_v1", "AscendDSAImpl", "0.23.0", ""),
+    ("attention.dsa_v41", "AscendDSAV41Impl", "0.30.0rc2", ""),
     ("torchair.torchair_mla", "AscendMLATorchairImpl", "0.11.0", "0.11.0"),
     ("torchair.torchair_sfa", "AscendSFATorchairImpl", "0.11.0", "0.11.0"),
 )
@@ -77,6 +77,7 @@ class VllmAscend(Vllm):
     name = "vllm-ascend"
     _npu: Any = None
     _agreed: Counts | None = None
+    _pass: Callable[[], Any] = staticmethod(lambda: None)
 
     def seams(self, config: Any) -> tuple[Seam, ...]:
         version, names = self.versions[self.name], refusals.of(config, refusals.ARCHITECTURES)
@@ -86,17 +87,14 @@ class VllmAscend(Vllm):
 
             ops.register_dummy_fusion_op()  # as its worker does; without it PIECES fails to import
         own = []
-        for entry in registry(self):
+        for entry in of_release(registry(self), version, bool(self.untested())):
             if entry.module.startswith(TORCHAIR) and not self.traceable():
                 continue  # vllm-ascend imports these modules, and torchair, only in that mode
             if entry.module == SPARSE and not sparse:
                 continue  # importing it replaces DeepSeek's decoder constructor by V3.2's
             if entry.module.endswith(PIECES) and refusals.graph_mode(config) == "NONE":
                 continue  # nothing is compiled
-            if releases.in_range(version, entry.since, entry.until):
-                own.append(entry)
-            elif self.untested():  # the user said not to trust the number: what is there is wrapped
-                own.append(replace(entry, required=False))
+            own.append(entry)
         return (*super().seams(config), *own)
 
     def check_layer(self, layer: Any) -> None:
@@ -138,8 +136,11 @@ class VllmAscend(Vllm):
 
     def wire_bytes(self, config: Any) -> int | None:
         described = refusals.of(config, "quant_config.quant_description") or {}
-        kinds = {kind for name, kind in described.items() if name.endswith(".o_proj.weight")}
-        return 1 if kinds == {"W8A8"} and not self.traceable() else None
+        names = [name for name in described if name.endswith(".weight")]
+        kinds = [described[n] for n in names if sharded.is_o_proj(n.removesuffix(".weight"))]
+        # A group has one grid: most layers decide (a draft layer is often not quantized).
+        most = 2 * kinds.count("W8A8") > len(kinds)
+        return 1 if most and not self.traceable() else None
 
     def own_wire(self, layer: Any) -> Wire | None:
         """Return the wire of static W8A8, and of W8A8_DYNAMIC up to 0.11.0; None: another method.
@@ -175,6 +176,12 @@ class VllmAscend(Vllm):
 
     def announced(self, group: OtpGroup) -> Counts | None:
         # Not vllm-ascend's metadata, which differs between ranks where it pads only some of them.
+        from vllm import forward_context
+
+        running = forward_context._forward_context
+        if running is not None and running is not self._pass():
+            # The first layer of this pass may be in a graph, which replays without Python.
+            self._pass, group.counts = weakref.ref(running), None
         return self._agreed
 
     def piece_ran(self, wrapped: Any, piece: Any, args: Any, kwargs: Any) -> Any:
@@ -184,11 +191,8 @@ class VllmAscend(Vllm):
         """
         if piece.is_first_graph:
             group, rows = require("the model"), args[piece.sym_shape_indices[0]]
-            try:
-                self._agreed = gather((rows,), group)[0]
-            except CollectiveError as error:
-                where = "the beginning of a pass"
-                raise diagnosis.failed(where, str(rows), error, group) from error
+            where = "the beginning of a pass"
+            self._agreed = diagnosis.told_by_all(rows, where, group, str(rows))
         differ = len(set(self._agreed or ())) > 1
         output = (piece.compiled_graph_for_general_shape if differ else wrapped)(*args, **kwargs)
         if piece.is_last_graph:
@@ -249,7 +253,9 @@ def attention_ran(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     Without attention metadata every release returns before o_proj. SFA without rotary dimensions
     (0.30.0rc2) also does with metadata of no token.
     """
-    layer: Any = getattr(instance, "o_proj", None) or getattr(instance, "wo_b", None)
+    given = dict(zip(_names(wrapped.__func__), args, strict=False)) | kwargs
+    owner = given.get("attn", instance)  # DeepSeek V4.1's gets the attention with each call
+    layer: Any = getattr(owner, "o_proj", None) or getattr(owner, "wo_b", None)
     ours = isinstance(layer, sharded.ShardedMixin)
     if not ours:
         return wrapped(*args, **kwargs)
@@ -257,15 +263,9 @@ def attention_ran(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     before = group.steps
     result = wrapped(*args, **kwargs)
     if group.steps == before:
-        output = (dict(zip(_names(wrapped.__func__), args, strict=False)) | kwargs)["output"]
-        if pair := layer.oproj.pair:
-            heads = output.new_zeros((output.shape[0], pair.heads, pair.width))
-            instance._forward_o_proj(heads, output)
-        else:
-            columns = layer.input_size // group.tp_size
-            layer(output.new_zeros((output.shape[0], columns)))
+        sharded.step_of_no_request(layer, given["output"])
         # 0.9.1 returns uninitialized memory, whose NaNs would spread in the experts' all-to-all.
-        output.zero_()
+        given["output"].zero_()
     return result
 
 

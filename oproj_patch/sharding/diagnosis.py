@@ -7,7 +7,7 @@ import functools
 from ..errors import OprojError
 from ..settings import DEBUG
 from . import agreement, otp_group, report, rows
-from .otp_group import CollectiveError, OtpGroup
+from .otp_group import CollectiveError, Counts, OtpGroup
 from .rows import HostPass
 
 
@@ -50,6 +50,17 @@ def compare_places(name: str, mine: int, group: OtpGroup, host: HostPass) -> Non
             f"host of rank {group.ranks[told.index(other)]} announced {list(other)}: its "
             "data-parallel metadata is wrong; please report model, options and release."
         )
+
+
+def told_by_all(mine: int, where: str, group: OtpGroup, counts: str = "") -> Counts:
+    """Return the number that each rank of the group tells at one place, in group order.
+
+    where, counts: as for `failed`. Raises OprojError when a rank does not come to that place.
+    """
+    try:
+        return rows.gather((mine,), group)[0]
+    except CollectiveError as error:
+        raise failed(where, counts, error, group) from error
 
 
 def check_layers(group: OtpGroup) -> None:

@@ -144,10 +144,10 @@ def exchange(
     """
     shard, group, plan = layer.oproj, layer.oproj.group, layer.oproj.plan
     # Chunks of 8 bits are opened, because the quant method does not take them for rows.
-    close, open_ = (shard.wire.close, shard.wire.open) if shard.wire else (_as_it_is,) * 2
+    close, open_ = (shard.wire.close, shard.wire.open) if shard.wire else (_as_it_is, None)
     if parts == 1:
         arrived = dispatch(close(x), counts, group, plan, tail=tail).wait()
-        partial = shard.gemm(open_(arrived), counts)
+        partial = shard.gemm(arrived, counts, open_)
         mine = add_up(combine(partial, counts, group).wait(), plan.outputs)
         return mine if len(mine) == len(x) else mine[: len(x)]
     # Every rank cuts every rank's rows in the same places.
@@ -170,7 +170,7 @@ def exchange(
         arrived = out.wait()
         if part + 1 < parts:
             out = leave(part + 1)
-        partial = shard.gemm(open_(arrived), some[part])
+        partial = shard.gemm(arrived, some[part], open_)
         before, back = back, combine(partial, some[part], group, part % 2)
         if before is not None:
             finish(part - 1, before)

@@ -21,7 +21,7 @@ import torch
 from .._version import __version__
 from ..errors import OprojError, OprojValueError
 from ..settings import GRID, TOGGLE
-from . import exchange, grid, otp_group, weight_gather, wire
+from . import diagnosis, exchange, grid, otp_group, weight_gather, wire
 from .otp_group import Counts, LayerScope, LayerTPGroup, OtpGroup
 from .pair import Pair
 from .rows import HostPass
@@ -104,16 +104,19 @@ class Shard:
     pair: Pair | None = None
     alone: str = ""
 
-    def gemm(self, x: Any, counts: Counts = ()) -> torch.Tensor:
+    def gemm(
+        self, x: torch.Tensor, counts: Counts = (), open_: Callable[..., Any] | None = None
+    ) -> torch.Tensor:
         """Multiply x [sum(counts), K/a] by the local shard -> [sum(counts), hidden/b].
 
-        Run both layers of a pair. x: rows, or what the layer's own wire has in their place.
+        Run both layers of a pair. open_: makes of rows what the layer takes in their place.
         """
         run = self.apply if self.pair is None else self.pair.run
+        blocks = [x]
         if self.mixes_rows and len(counts) > 1:
-            blocks = [rows for rows in x.split(list(counts)) if rows.shape[0]] or [x]
-            return torch.cat([run(block) for block in blocks])
-        return run(x)
+            blocks = [rows for rows in x.split(list(counts)) if rows.shape[0]] or blocks
+        outputs = [run(block if open_ is None else open_(block)) for block in blocks]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def apply(self, x: Any) -> torch.Tensor:
         """Run the layer's quant method; the bias is added on the first rank of `tp` only."""
@@ -341,6 +344,7 @@ def settle(group: OtpGroup) -> None:
         if all(p.numel() for p in _parameters(layer).values()):  # a CPU build empties what it packs
             _measure(layer)
         element, pair = layer.params_dtype.itemsize, shard.pair
+        shard.wire = wire.as_loaded(layer)
         least = weight_gather.threshold(layer, group)
         chunk = layer.input_size_per_partition if pair is None else pair.chunk(group, element)
         shard.plan = exchange.Plan(
@@ -352,7 +356,7 @@ def settle(group: OtpGroup) -> None:
         # Ranks that gather different things would wait for each other forever.
         pieces = weight_gather.pieces(layer) if least else {}
         shapes = {name: tuple(tensor.shape) for name, tensor in pieces.items()}
-        shard.description += f" gather:{least}:{shapes} {shard.plan}"
+        shard.description += f" gather:{least}:{shapes} {shard.plan}" + " traced" * shard.traceable
         shard.leads = index == 0 or index >= group.main_layers
 
 
@@ -460,6 +464,21 @@ def step(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return output
 
 
+def step_of_no_request(layer: Any, output: torch.Tensor) -> None:
+    """Take part in a step of `layer` with rows of zeros, as many as `output` [rows, hidden] has.
+
+    For a pass in which the host returns before it calls the layer. A whole layer has no steps.
+    """
+    if not isinstance(layer, ShardedMixin):
+        return
+    shard, rows = layer.oproj, output.shape[0]
+    if shard.pair is None:
+        host: Any = layer
+        host(output.new_zeros((rows, host.input_size // shard.group.tp_size)))
+    else:
+        run(output.new_zeros((rows, shard.pair.heads * shard.pair.width)), shard.name)
+
+
 # The op as torch.compile sees it: opaque, one call, named by the layer. Dynamo inlines wrapt
 # wrappers and Python around a traced forward, or fails on it under fullgraph.
 _library: torch.library.Library | None = None
@@ -520,8 +539,8 @@ def _mixes_rows(layer: Any, like: torch.Tensor) -> bool:
     """Tell whether one row changes another row's result in the layer's quant method.
 
     A dynamic scale per tensor does: rows of another rank would then change this rank's result.
-    Raises OprojError for a method that remembers rows, because rows of one owner at a time do not
-    help there.
+    Raises OprojError, on every rank of the group, for a method that remembers rows on one of them,
+    because rows of one owner at a time do not help there.
     """
     if type(layer.quant_method).__name__.startswith("Unquantized"):
         return False
@@ -532,14 +551,18 @@ def _mixes_rows(layer: Any, like: torch.Tensor) -> bool:
     even[0::2] *= 1000  # a method may look at the first row, the last one, or neighbors
     odd[1::2] *= 1000
     quiet, by_even, by_odd, again = (shard.apply(x).float() for x in (rows, even, odd, rows))
-    largest = quiet.abs().max()
-    if (again - quiet).abs().max() > 0.05 * largest:  # far above what the order of a sum changes
+    largest, group = quiet.abs().max(), shard.group
+    # Far above what the order of a sum changes.
+    remembers = bool((again - quiet).abs().max() > 0.05 * largest)
+    told = diagnosis.told_by_all(int(remembers), f"the first step of {shard.name}", group)
+    if any(told):
+        ranks = ", ".join(str(rank) for rank, own in zip(group.ranks, told, strict=True) if own)
         raise OprojError(
             "OPROJ015",
-            f"{TOGGLE} is {shard.group.size}, and {type(layer.quant_method).__name__} of "
-            f"{shard.name} gave two results for the same rows: it remembers rows of earlier steps, "
-            "and those of other ranks would change this rank's results; leave o_proj out of that "
-            "quantization, or unset the variable.",
+            f"{TOGGLE} is {group.size}, and {type(layer.quant_method).__name__} of {shard.name} "
+            f"gave two results for the same rows on rank {ranks}: it remembers rows of earlier "
+            "steps, and those of other ranks would change this rank's results; leave o_proj out of "
+            "that quantization, or unset the variable.",
         )
     changed = torch.cat([(by_even - quiet)[1::2], (by_odd - quiet)[0::2]])
     return not bool(changed.abs().max() <= 1e-3 * largest)  # NaN is a change too
@@ -555,8 +578,9 @@ def _measure(layer: Any) -> None:
     shard.kept = sum(sizes.values())
     # A parameter that a quant method makes under another name is cut as the weight is.
     shard.saved = sum(size * (cut.get(name, shard.group.size) - 1) for name, size in sizes.items())
+    both = [layer] if shard.pair is None else [layer, shard.pair.first]
     shard.description = " ".join(
-        [type(layer.quant_method).__name__]
+        [type(one.quant_method).__name__ for one in both]
         + [f"{name}:{tuple(param.shape)}:{param.dtype}" for name, param in params.items()]
     )
 

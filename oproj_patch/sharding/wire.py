@@ -33,6 +33,7 @@ class Wire:
         quant method takes.
     scales: that a chunk of a row takes along.
     moved: it is the layer's own quantization, moved to the owner, and adds no kernel.
+    parameter: name of what it reads of the layer, which a kernel may remove after loading (Marlin).
     """
 
     chunk: int
@@ -41,6 +42,7 @@ class Wire:
     restore: Callable[[torch.Tensor, Any], Any]
     scales: int = 0
     moved: bool = False
+    parameter: str = ""
 
     @property
     def width(self) -> int:
@@ -80,7 +82,7 @@ def static(layer: Any, chunk: int) -> Wire:
     def restore(values: torch.Tensor, _: Any) -> torch.Tensor:
         return (values.float() * layer.input_scale).to(kind)
 
-    return Wire(chunk, dtype, quantize, restore)
+    return Wire(chunk, dtype, quantize, restore, parameter="input_scale")
 
 
 def scaled(dtype: torch.dtype, chunk: int, block: int, kind: torch.dtype) -> Wire:
@@ -127,7 +129,7 @@ def of_layer(layer: Any) -> Wire | None:
     elif held not in (None, dtype):
         other = next(name for name, known in DTYPES.items() if known == held)
         problem, accepted = f"it is quantized to {other}", f"auto, off and {other}"
-    elif own is None and chunk % 4:
+    elif chunk % 4 and not (own is not None and own.moved):
         problem = f"its {chunk} input columns on a rank are no multiple of 4, which scales need"
     if problem:
         method = type(getattr(layer.quant_method, "quant_method", layer.quant_method)).__name__
@@ -136,9 +138,23 @@ def of_layer(layer: Any) -> Wire | None:
             f"{WIRE} is {asked}, which {shard.name} ({method}) cannot take: {problem}; accepted "
             f"are {accepted}: change or unset {WIRE}.",
         )
-    if own is not None:
+    return own if own is not None else _scaled_for(layer, dtype)
+
+
+def as_loaded(layer: Any) -> Wire | None:
+    """Return a layer's wire after loading: another one where a kernel removed what it reads.
+
+    That is `scaled`, or none with `auto`. Ranks whose kernels differ have different plans, which
+    they compare before the first step.
+    """
+    own: Wire | None = layer.oproj.wire
+    if own is None or not own.parameter or getattr(layer, own.parameter, None) is not None:
         return own
-    block = grid.blocks_of(layer)[0]
+    return _scaled_for(layer, own.dtype) if layer.oproj.group.settings.wire in DTYPES else None
+
+
+def _scaled_for(layer: Any, dtype: torch.dtype) -> Wire:
+    chunk, block = layer.input_size_per_partition, grid.blocks_of(layer)[0]
     return scaled(dtype, chunk, block if block >= 128 else chunk, layer.params_dtype)
 
 

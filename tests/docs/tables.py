@@ -32,9 +32,9 @@ def seams() -> str:
     from oproj_patch import activation
     from oproj_patch.hosts import ascend_option, deepseek_v4, lora, vllm, vllm_ascend
 
-    host = vllm.Vllm({})
+    host = vllm.Vllm({"vllm": ""})
     v4 = deepseek_v4.seams(host, None)
-    upstream = (activation.group_seam(), *host.seams(None), *v4, *lora.seams(""))
+    upstream = (activation.group_seam(), *host.seams(None), *v4, *lora.seams())
     own = vllm_ascend.registry(vllm_ascend.VllmAscend({}))
     ascend = (*ascend_option.seams(Settings(size=2)), *own)
     rows: dict[tuple[str, str], dict[tuple[str, str], None]] = {}
@@ -97,6 +97,7 @@ EVIDENCE: Mapping[str, str] = {
     "MTP": "tests/engines/test_mtp.py::test_drafter[first runner]",
     "V4": "tests/engines/test_deepseek_v4.py::test_same_tokens[both]",
     "V4 layers": f"{_ASCEND_LAYER}deepseek_v4_with_a_stand_in_for_npu_transpose_batchmatmul[HOST]",
+    "V4 blocks": f"{_ASCEND_LAYER}deepseek_v4_in_fp8_blocks_with_stand_ins_for_kernels[HOST]",
     "oldest engine": "tests/engines/test_releases.py::test_oldest_engine",
 }
 _ENGINES = {"0.28.0": "oldest engine", INSTALLED: "engine, MTP, V4"}
@@ -110,7 +111,7 @@ _ASCEND_LAYERS: Mapping[str, tuple[str, str, str]] = {
     "0.23.0": ("model, sparse, grouped query, TP 2, V4 layers", ", proposer", ""),
     "0.23.0.post1": ("model, sparse", "", ""),
     "0.26.0rc1": ("model, sparse", "", ""),
-    "0.30.0rc2": ("model, sparse", "", ""),
+    "0.30.0rc2": ("model, sparse, V4 layers, V4 blocks", "", ""),
 }
 
 

@@ -16,7 +16,7 @@ from demo import model as demo_model
 from demo.engines import EngineConfig, OfflineRun, Round, run_offline
 
 from . import v4, warm
-from .runs import TOGGLE, EngineRuns, assert_round_sizes, completions
+from .runs import PLUGIN, TOGGLE, EngineRuns, assert_round_sizes, completions
 
 PROMPTS = demo_model.prompts(8)
 # All ranks; one short request beside many; an idle rank.
@@ -25,34 +25,53 @@ ROUNDS = [
     Round([PROMPTS[6:7], PROMPTS[:5]], [2, 8]),
     Round([[], PROMPTS[5:]], [1, 6]),
 ]
+# One request a rank: whether a step is replayed or not, which is chance, its rows are not padded,
+# so it rounds alike.
+GRAPH_ROUNDS = [Round([PROMPTS[:1], PROMPTS[1:2]], [6, 8]), Round([[], PROMPTS[2:3]], [1, 6])]
+CAPTURE_SIZES = [1, 2]
 Run = Callable[..., OfflineRun]
 
 
 @pytest.fixture(scope="module")
 def v4_run(tmp_path_factory: pytest.TempPathFactory, runs: EngineRuns) -> Iterator[Run]:
-    """Return a run of two ranks, each made once; `grid` None is unpatched."""
+    """Return a run of two ranks, each made once; `grid` None is unpatched, and not compiled."""
     found: dict[Any, OfflineRun] = {}
     models: dict[bool, Path] = {}
 
-    def run(grid: str | None = None, zeroed: bool = False) -> OfflineRun:
-        key = grid, zeroed
+    def run(grid: str | None = None, zeroed: bool = False, mode: str = "") -> OfflineRun:
+        key = grid, zeroed, mode
         if zeroed not in models:
             models[zeroed] = v4.make(tmp_path_factory.mktemp("v4"), zeroed)
         if key not in found:
+            compilation: dict[str, Any] = {"custom_ops": ["none", "+hc_head"]}
+            env = {} if grid is None else {TOGGLE: "2", "OPROJ_GRID": grid}
+            path: tuple[Path, ...] = ()
+            if mode == "compiled":  # traced by Dynamo, run without code generation
+                env |= {"VLLM_USE_BREAKABLE_CUDAGRAPH": "0", "VLLM_CPU_CI_ENV": "1"}
+            elif mode == "graphs":
+                path = (PLUGIN,)
+                compilation |= {
+                    "cudagraph_mode": "FULL_DECODE_ONLY",
+                    "cudagraph_capture_sizes": CAPTURE_SIZES,
+                    "cudagraph_num_of_warmups": 1,
+                }
             config = EngineConfig(
                 models[zeroed],
-                env={} if grid is None else {TOGGLE: "2", "OPROJ_GRID": grid},
+                compiled=bool(mode),
+                env=env,
                 options={
                     "dtype": "bfloat16",
                     "tokenizer_mode": "hf",
-                    "compilation_config": {"custom_ops": ["none", "+hc_head"]},
+                    "compilation_config": compilation,
+                    "kernel_config": {"enable_jit_warmup": False},
                 },
                 extension="cpu_v4.V4WorkerProbe",
-                python_path=(Path(__file__).parent,),
-                start=warm.zygote().start,
+                python_path=(Path(__file__).parent, *path),
+                start=warm.zygote(*path).start,
             )
-            found[key] = run_offline(config, ROUNDS)
-            assert_round_sizes(found[key], ROUNDS)
+            rounds = GRAPH_ROUNDS if mode == "graphs" else ROUNDS
+            found[key] = run_offline(config, rounds)
+            assert_round_sizes(found[key], rounds)
         return found[key]
 
     yield run
@@ -71,8 +90,28 @@ def test_same_tokens(v4_run: Run, grid: str, both: bool) -> None:
     check(v4_run(), v4_run(grid), both)
 
 
-def check(off: OfflineRun, on: OfflineRun, both: bool) -> None:
-    """The tokens are the same, and every worker holds half and exchanged at every layer."""
+def test_same_tokens_compiled(v4_run: Run) -> None:
+    """The model is one graph on each rank; vLLM leaves V4 uncompiled unless it is told to."""
+    off, on = v4_run(), v4_run("auto", mode="compiled")
+    check(off, on, True)
+    assert [worker["traced"] for worker in off.workers] == [0, 0]
+    assert [worker["traced"] for worker in on.workers] == [1, 1]
+
+
+def test_same_tokens_in_device_graphs(v4_run: Run) -> None:
+    """Emulated: decodes are replayed whole, with the attention's kernels; prefills are eager."""
+    off, on = v4_run(mode="graphs"), v4_run("auto", mode="graphs")
+    check(off, on, True, least=1)
+    for one, other in zip(off.workers, on.workers, strict=True):
+        assert one["captures"] == other["captures"] >= len(CAPTURE_SIZES)
+        assert one["replays"] > 0 and other["replays"] > 0
+
+
+def check(off: OfflineRun, on: OfflineRun, both: bool, least: int = 8 + 8 + 6) -> None:
+    """The tokens are the same, and every worker holds half and exchanged at every layer.
+
+    least: steps in Python of each worker, by default a step for each token of the longest answers.
+    """
     assert tokens(on) == tokens(off)
     whole = v4.BOTH_BYTES if both else v4.WO_B_BYTES
     for worker in on.workers:
@@ -81,8 +120,7 @@ def check(off: OfflineRun, on: OfflineRun, both: bool) -> None:
         assert status["bytes_kept"] == status["bytes_saved"] == whole // 2
         held = sum(v["bytes"] for k, v in worker["layers"].items() if both or "wo_b" in k)
         assert held == whole // 2
-        # At least a step a layer for each token of the longest answers.
-        assert status["exchanges"] >= v4.LAYERS * (8 + 8 + 6)
+        assert status["exchanges"] >= v4.LAYERS * least
         assert status["exchanges"] % v4.LAYERS == 0
     assert {worker["status"]["exchanges"] for worker in off.workers} == {0}
     told = "layers with their wo_a" if both else "layers is whole (the grid 1x2 cuts the outputs)"

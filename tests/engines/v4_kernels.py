@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from vllm.model_executor.kernels import mhc
 
+from tests.graphs import emulator
+
 ROPE = 64
 """Trailing values of a head that a position turns, in pairs of neighbors."""
 
@@ -138,4 +140,5 @@ def stand_in() -> None:
                 continue
             schema = torch.library.infer_schema(kernel, mutates_args=[mutated] if mutated else ())
             _library.define(kernel.__name__ + schema)
-            _library.impl(kernel.__name__, kernel, "CompositeImplicitAutograd")
+            recorded = emulator.as_kernel(kernel, kernel.__name__)
+            _library.impl(kernel.__name__, recorded, "CompositeImplicitAutograd")

@@ -9,6 +9,8 @@ import pytest
 
 from tests.faults import engine
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.parametrize(
     ("what", "number"),

@@ -13,10 +13,14 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from demo import engines
 from demo import model as demo_model
 from tests.faults import engine
 from tests.ranks import launch
+
+pytestmark = pytest.mark.alone
 
 TIMES = 10
 MIB = 1 << 20

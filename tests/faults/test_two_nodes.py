@@ -19,6 +19,8 @@ import pytest
 
 from tests.faults import engine
 
+pytestmark = pytest.mark.alone
+
 TOGGLE = "OPROJ_TENSOR_PARALLEL_SIZE"
 SECONDS = 8
 """Deadline of the agreement."""

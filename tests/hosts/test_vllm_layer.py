@@ -527,8 +527,9 @@ def test_lora_with_a_stand_in_for_its_kernel(here: Here) -> None:
     from vllm.config import LoRAConfig
 
     from oproj_patch.hosts import lora
+    from oproj_patch.hosts.seam import of_release
 
-    [seam] = lora.seams(here.host.version)
+    [seam] = of_release(lora.seams(), here.host.version, untested=False)
     choose = getattr(importlib.import_module(seam.module), seam.path)
     layer, weight, bias = made(HIDDEN, COLUMNS, bias=True, prefix="lora.self_attn.o_proj")
     finish(layer)

@@ -115,9 +115,13 @@ def groups(dp: int, tp: int = 1, pp: int = 1) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def sharding(
-    size: int, dp: int, tp: int = 1, dtype: torch.dtype = torch.float32, **env: str
-) -> Iterator[Any]:
-    """Switch the shim on with `env`, create the groups of a `launch.World`; yield vLLM's config."""
+    size: int, dp: int, tp: int = 1, dtype: torch.dtype = torch.float32, config: Any = None,
+    **env: str,
+) -> Iterator[Any]:  # fmt: skip
+    """Switch the shim on with `env`, create the groups of a `launch.World`; yield vLLM's config.
+
+    config: the configuration, if not one without a model.
+    """
     import oproj_patch
 
     join_world()
@@ -125,8 +129,8 @@ def sharding(
         oproj_patch.enable(size)
         torch.set_default_dtype(dtype)
         try:
-            with model_groups(dp, tp) as config:
-                yield config
+            with model_groups(dp, tp, config=config) as given:
+                yield given
             assert oproj_patch.status().otp_ranks == ()
         finally:
             torch.set_default_dtype(torch.float32)

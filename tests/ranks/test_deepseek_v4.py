@@ -5,8 +5,10 @@ Kernels that vLLM builds for AVX-512 only have stand-ins where they are missing.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,20 +45,53 @@ def test_second_alone(
     world.run(projected, path, grid, ways, False, seconds=120)
 
 
+def test_a_first_layer_without_its_second_is_refused(world: World, tmp_path: Path) -> None:
+    path = write(v4.config(256, HEADS), tmp_path)
+    for told in world.run(first_alone, path):
+        assert told.startswith("OPROJ007: DeepseekV4ForCausalLM is sharded in part: ")
+        assert "attn.wo_a was sharded, but no row-parallel layer " in told and "attn.wo_b " in told
+
+
+def first_alone(path: str) -> str:
+    """In a rank: what is raised where vLLM gives its wo_b a name that is no o_proj's."""
+    from vllm.models.deepseek_v4 import attention
+
+    import oproj_patch
+
+    second = attention.RowParallelLinear
+
+    def renamed(*args: Any, prefix: str, **kwargs: Any) -> Any:
+        return second(*args, prefix=prefix.replace("wo_b", "wo_c"), **kwargs)
+
+    with (
+        _groups(path) as config,
+        mock.patch.object(attention, "RowParallelLinear", renamed),
+        pytest.raises(oproj_patch.OprojError) as raised,
+    ):
+        create(config)
+    return str(raised.value)
+
+
 def projected(path: str, grid: str, ways: list[int], both: bool) -> None:
     """In a rank: build the model, load the two weights, compare each step with float64."""
+    with _groups(path, OPROJ_GRID=grid) as config:
+        _check(config, ways, both)
+
+
+@contextlib.contextmanager
+def _groups(path: str, **env: str) -> Iterator[Any]:
+    """Switch the shim on and create the groups of a model's configuration; yield that."""
     import oproj_patch
     from tests.engines import v4_kernels
 
     importlib.import_module("vllm.v1.worker.cpu.shm")  # gives a CPU torch.cuda.Event
     join_world()
     v4_kernels.stand_in()
-    with mock.patch.dict(os.environ, {"OPROJ_GRID": grid}):
+    with mock.patch.dict(os.environ, env):
         oproj_patch.enable(2)
         try:
-            config = engine_config(path, "bfloat16")
-            with model_groups(2, config=config):
-                _check(config, ways, both)
+            with model_groups(2, config=engine_config(path, "bfloat16")) as config:
+                yield config
         finally:
             oproj_patch.disable()
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import inspect
 import os
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -26,6 +27,49 @@ def test_rows_of_one_rank_never_change_another_ranks_result(world: World, kind: 
     world.run(loud_peer, kind)
 
 
+def test_rows_of_one_rank_never_change_another_ranks_result_in_8_bits(world: World) -> None:
+    world.run(loud_peer, "scale", True)
+
+
+def test_every_rank_refuses_a_method_that_remembers_rows_on_one_of_them(world: World) -> None:
+    """The other rank would wait for it in the step."""
+    told = world.run(forgetful_peer)
+    assert told[0] == told[1] and " on rank 1: it remembers rows" in told[0]
+
+
+def test_ranks_of_which_one_traces_the_step_are_refused(world: World) -> None:
+    """A traced step takes equal rows for granted, another one agrees on them."""
+    for told in world.run(one_traced):
+        assert " traced] on rank 1 but [" in told and "traced] on rank 0" not in told
+
+
+def one_traced() -> str:
+    import oproj_patch
+
+    with sharding(2, 2):
+        layer, _, _ = made(HIDDEN, COLUMNS)
+        layer.oproj.traceable = os.environ["RANK"] == "1"
+        with pytest.raises(oproj_patch.OprojError) as raised, torch.inference_mode():
+            layer(whole(3, COLUMNS, torch.float32))
+    assert raised.value.code == "OPROJ012"
+    return str(raised.value)
+
+
+def forgetful_peer() -> str:
+    """In a rank: what is raised where the method of rank 1 alone remembers rows."""
+    import oproj_patch
+
+    with sharding(2, 2):
+        layer, _, _ = made(HIDDEN, COLUMNS)
+        layer.shard = layer.weight.detach().clone()
+        kind = "memory" if os.environ["RANK"] == "1" else "scale"
+        layer.quant_method = Mixing(layer.quant_method, kind)
+        with pytest.raises(oproj_patch.OprojError) as raised, torch.inference_mode():
+            layer(whole(3, COLUMNS, torch.float32))
+    assert raised.value.code == "OPROJ015"
+    return str(raised.value)
+
+
 class Mixing:
     """A quantization method in which rows change each other's results.
 
@@ -39,7 +83,9 @@ class Mixing:
     def process_weights_after_loading(self, layer: Any) -> None:
         self.method.process_weights_after_loading(layer)
 
-    def apply(self, layer: Any, x: torch.Tensor, bias: Any = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: Any, bias: Any = None) -> torch.Tensor:
+        if isinstance(x, tuple):  # values of 8 bits and their scales
+            x = x[0].float() * x[1]
         if x.numel() and self.kind == "statistic":
             x = x - x.mean(0)
         elif x.numel() and self.kind == "padding":
@@ -52,15 +98,22 @@ class Mixing:
         return torch.nn.functional.linear(x, layer.shard, bias)
 
 
-def loud_peer(kind: str) -> None:
-    """In a rank: rank 1's rows are quiet, loud, NaN, none; rank 0's results stay bit-identical."""
+def loud_peer(kind: str, narrow: bool = False) -> None:
+    """In a rank: rank 1's rows are quiet, loud, NaN, none; rank 0's results stay bit-identical.
+
+    narrow: rows travel in 8 bits, and the method takes values and scales in their place.
+    """
     import oproj_patch
+    from oproj_patch.sharding import wire
 
     rank = int(os.environ["RANK"])
     with sharding(2, 2) as config:
         layer, _, _ = made(HIDDEN, COLUMNS)
         layer.shard = layer.weight.detach().clone()
         layer.quant_method = Mixing(layer.quant_method, kind)
+        if narrow:
+            own = wire.scaled(torch.int8, COLUMNS // 2, COLUMNS // 2, torch.float32)
+            layer.oproj.wire = replace(own, restore=lambda *taken: taken)
         told = []
         for factor, theirs in ((1.0, 3), (1000.0, 3), (float("nan"), 3), (1.0, 0)):
             x = whole(theirs if rank else 3, COLUMNS, torch.float32, seed=rank)

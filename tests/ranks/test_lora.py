@@ -66,7 +66,10 @@ def test_adapters(world: World, tmp_path: Path, tp: int, fully: bool) -> None:
 
 
 def adapted(directory: str, tp: int, fully: bool) -> None:
-    """In a rank: o_proj with adapters is the unsharded sum, and exchanges once a pass."""
+    """In a rank: o_proj with adapters is the unsharded sum, and exchanges once a pass.
+
+    So it is after vLLM has loaded other weights into it.
+    """
     import oproj_patch
 
     join_world()
@@ -97,6 +100,7 @@ def _look_at(config: Any, directory: str, tp: int) -> None:
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.peft_helper import PEFTHelper
+    from vllm.model_executor.model_loader.reload.inplace import reload_weights
 
     import oproj_patch
 
@@ -129,6 +133,11 @@ def _look_at(config: Any, directory: str, tp: int) -> None:
     for number, rows in enumerate(PASSES):
         _pass(manager, layers, number, rows[dp_rank], weights, tp, tp_rank)
     assert oproj_patch.status().exchanges == 2 * len(PASSES)
+    # On a CPU the quant method packs a weight after loading, and multiplies by what it has packed.
+    weights = [whole(HIDDEN, COLUMNS, torch.float32, 40 + place) for place in range(len(NAMES))]
+    named = zip((f"{name}.weight" for name in NAMES), weights, strict=True)
+    reload_weights(config, model, named, None, True)
+    _pass(manager, layers, 0, PASSES[0][dp_rank], weights, tp, tp_rank)
 
 
 def _pass(

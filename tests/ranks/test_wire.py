@@ -76,15 +76,19 @@ def plain(wire: str, grid: str, buffer: int | None) -> tuple[float, float, int]:
 
 
 @contextlib.contextmanager
-def bfloat16(**env: str) -> Iterator[Any]:
-    """`sharding` for four ranks of a bfloat16 model, whose kernels in Python are not compiled."""
+def bfloat16(given: Any = None, **env: str) -> Iterator[Any]:
+    """`sharding` for four ranks of a bfloat16 model, whose kernels in Python are not compiled.
+
+    given: vLLM's configuration, with a model's.
+    """
     from vllm.model_executor.custom_op import CustomOp
 
     as_it_is = mock.patch.object(CustomOp, "maybe_compile", lambda _, function, **__: function)
     env["OPROJ_WEIGHT_GATHER_ROWS"] = "0"
-    with sharding(4, 4, dtype=torch.bfloat16, **env) as config, as_it_is:
-        moe = vars(layers.moe_model_config())
-        config.model_config = SimpleNamespace(**moe, dtype=torch.bfloat16)
+    with sharding(4, 4, dtype=torch.bfloat16, config=given, **env) as config, as_it_is:
+        if given is None:
+            moe = vars(layers.moe_model_config())
+            config.model_config = SimpleNamespace(**moe, dtype=torch.bfloat16)
         yield config
 
 
@@ -115,14 +119,13 @@ def compressed(kind: str, weights: str, inputs: str) -> Any:
     )
 
 
-def quantized(kind: str, weights: str, inputs: str) -> Any:
-    """Return a loaded o_proj of one of `compressed`'s methods, with random weights and scales."""
+def quantized(method: str | None, hidden: int = HIDDEN, columns: int = COLUMNS) -> Any:
+    """Return a loaded o_proj of a method or of none, with random weights and scales."""
     from vllm import _custom_ops
 
-    layer = layers.build(
-        layers.O_PROJ, HIDDEN, COLUMNS, bias=False,
-        quant_config=compressed(kind, weights, inputs), params_dtype=torch.bfloat16,
-    )  # fmt: skip
+    config = compressed(*METHODS[method]) if method else None
+    options = {"quant_config": config, "params_dtype": torch.bfloat16, "bias": False}
+    layer = layers.build(layers.O_PROJ, hidden, columns, **options)
     generator = torch.Generator().manual_seed(3)
     for name, param in layer.named_parameters():
         shape = list(param.shape)
@@ -171,7 +174,7 @@ def same_values(method: str, grid: str) -> dict[str, Any]:
     wire, rank, told = method.partition(" ")[0], int(os.environ["RANK"]), ""
     for chosen in ("off", "auto", wire):
         with bfloat16(OPROJ_GRID=grid, OPROJ_WIRE=chosen) as config:
-            layer = quantized(*METHODS[method])
+            layer = quantized(method)
             outputs[chosen] = []
             for step, counts in enumerate(STEPS):
                 x = whole(counts[rank], COLUMNS, torch.bfloat16, seed=100 * step + rank) * 40
@@ -212,7 +215,7 @@ def moved(grid: str) -> list[tuple[int, Any]]:
     rank, told = int(os.environ["RANK"]), []
     for chosen in ("off", "auto"):
         with bfloat16(OPROJ_GRID=grid, OPROJ_WIRE=chosen):
-            layer = quantized(*METHODS["fp8 static"])
+            layer = quantized("fp8 static")
             x = whole(6, COLUMNS, torch.bfloat16, seed=rank)
             with torch.inference_mode():
                 layer(x)
@@ -271,12 +274,84 @@ def beside_a_zero_point() -> float:
     return float((found - x).abs().max()) / 2.5
 
 
+@four_ranks
+def test_a_kernel_removes_the_scale_after_loading_with_a_stand_in_for_marlin(world: World) -> None:
+    """Rows then travel with scales of their own, or with `auto` in the model's type."""
+    for grid in topology.grids(4):
+        for told in world.run(scale_removed, str(grid)):
+            chunk, part = COLUMNS // grid.inputs, HIDDEN // grid.outputs
+            for chosen, narrow in (("auto", ()), ("fp8", (1, 4))):
+                error, sent = told[chosen]
+                assert sent == 17 * topology.step_bytes(4, chunk, part, 2, *narrow)
+                assert error <= (ERRORS["fp8"] if narrow else 0)
+
+
+def scale_removed(grid: str) -> dict[str, tuple[float, int]]:
+    """In a rank, by wire: the error beside `off`, as part of the outputs'; bytes sent in a step."""
+    outputs, told = {}, {}
+    for chosen in ("off", "auto", "fp8"):
+        with bfloat16(OPROJ_GRID=grid, OPROJ_WIRE=chosen):
+            layer = quantized("fp8 static")
+            weight_only(layer)
+            x = whole(17, COLUMNS, torch.bfloat16, seed=int(os.environ["RANK"])) * 20
+            with torch.inference_mode(), layers.bytes_sent(4) as sent:
+                outputs[chosen] = layer(x)[0].float()
+        error = (outputs[chosen] - outputs["off"]).square().sum() / outputs["off"].square().sum()
+        told[chosen] = float(error) ** 0.5, sum(sent)
+    return told
+
+
+def weight_only(layer: Any) -> None:
+    """Stand in for vLLM's Marlin: pack the weight, quantize no rows, drop their scale."""
+    wide = layer.weight.to(torch.bfloat16) * layer.weight_scale.to(torch.bfloat16)
+    del layer.weight, layer.input_scale
+    layer.weight = torch.nn.Parameter(wide.contiguous().view(torch.int32), requires_grad=False)
+    layer.quant_method.apply = lambda layer, x, bias: x @ layer.weight.view(torch.bfloat16)
+
+
+@four_ranks
+@pytest.mark.parametrize(
+    ("method", "wire", "grid", "out"),
+    [
+        (None, "auto", "4x1", 2),
+        ("fp8 static", "auto", "2x2", 1),
+        ("fp8 per token", "auto", "4x1", 2),
+        ("fp8 static", "off", "4x1", 2),
+    ],
+)
+def test_the_grid_has_the_fewest_bytes_of_what_travels(
+    world: World, method: str | None, wire: str, grid: str, out: int
+) -> None:
+    columns, hidden = 512, 256
+    ways = {str(ways): (columns // ways[0], hidden // ways[1]) for ways in topology.grids(4)}
+    least = min(topology.step_bytes(4, *parts, 2, out) for parts in ways.values())
+    assert least == topology.step_bytes(4, *ways[grid], 2, out)
+    other = topology.step_bytes(4, *ways["4x1" if grid == "2x2" else "1x4"], 2, out)
+    for found, sent in world.run(chosen, method, wire, columns, hidden):
+        assert (found, sent) == (grid, 5 * least) and least < other
+
+
+def chosen(method: str | None, wire: str, columns: int, hidden: int) -> tuple[str, int]:
+    """In a rank: the grid of an o_proj [hidden, columns], and the bytes it sends in 5 rows."""
+    text = SimpleNamespace(num_attention_heads=4, head_dim=columns // 4, hidden_size=hidden)
+    model = {**vars(layers.moe_model_config()), "dtype": torch.bfloat16, "hf_text_config": text}
+    config = layers.configuration()
+    config.model_config = SimpleNamespace(**model)
+    config.quant_config = compressed(*METHODS[method]) if method else None
+    with bfloat16(config, OPROJ_WIRE=wire):
+        layer = quantized(method, hidden, columns)
+        with torch.inference_mode(), layers.bytes_sent(4) as sent:
+            layer(whole(5, columns, torch.bfloat16))
+        return str(layer.oproj.grid), sum(sent)
+
+
 # Method, or None: not quantized; OPROJ_WIRE; columns; what the sentence says.
 REFUSED: list[tuple[str | None, str, int, str]] = [
     ("int8 per token", "fp8", 512, "it is quantized to int8; accepted are auto, off and int8:"),
     ("int8 static", "fp8", 512, "it is quantized to int8; accepted are auto, off and int8:"),
     ("fp8 static", "int8", 512, "it is quantized to fp8; accepted are auto, off and fp8:"),
     (None, "int8", 24, "its 6 input columns on a rank are no multiple of 4, which scales need;"),
+    ("int8 static", "int8", 24, "its 6 input columns on a rank are no multiple of 4,"),
 ]
 
 

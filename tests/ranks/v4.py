@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .models import Config
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # hidden size / 16, groups; heads / 8 (one for each group), head size as it is; rank / 16
 SHAPES = {"V4-Flash": (256, 8), "V4-Pro": (448, 16), "V4.1-Flash": (320, 8)}
@@ -65,3 +68,17 @@ def config(hidden: int, groups: int, layers: int = 1, **fields: Any) -> Config:
         "hidden_act": "silu",
         **fields,
     }
+
+
+def in_blocks(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a weight in fp8, its scales, and what both stand for, in float64.
+
+    The scales, one for each 128 x 128 values, are powers of two, as in V4-Flash and V4-Pro.
+    """
+    import torch
+
+    blocks = dense.unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+    scale = 2.0 ** (blocks.abs().amax((1, 3)) / 448).log2().ceil()
+    wide = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    weight = (dense / wide).to(torch.float8_e4m3fn)
+    return weight, scale, weight.double() * wide.double()

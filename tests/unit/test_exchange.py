@@ -195,7 +195,7 @@ def test_parts_begin_in_one_order_and_overlap(monkeypatch: pytest.MonkeyPatch) -
         output.zero_()
         return SimpleNamespace(wait=lambda: told.append(f"wait {number}"))
 
-    def gemm(x: torch.Tensor, _: Any) -> torch.Tensor:
+    def gemm(x: torch.Tensor, *_: Any) -> torch.Tensor:
         told.append("gemm")
         return x.new_ones(x.shape[0], 40)
 
