@@ -258,15 +258,17 @@ def _create_otp_group(start: _Start, dp_groups: Sequence[Any], backend: str, dp:
     config = get_current_vllm_config()
     otp_group.create(
         dp_groups, start.tp_groups, backend, host.settings, start.key, dp,
-        host.graph_rows(config), host.grid(config), start.facts,
+        host.graph_rows(config), host.agreed_grid, start.facts,
     )  # fmt: skip
     original = dp.destroy
 
     def destroy() -> None:
         # Whoever destroys vLLM's groups calls this object.
-        otp_group.destroy()
-        _state.start = None
-        original()
+        try:
+            otp_group.destroy()
+        finally:
+            _state.start = None
+            original()
 
     dp.destroy = destroy
 

@@ -53,6 +53,8 @@ class Vllm(HostPass):
     name = "vllm"
     _metadata: Any = None
     _counts: Counts | None = None
+    agreed_grid: Grid | None = None
+    """What `agreed` told the other ranks, so it is not computed a second time."""
 
     def __init__(self, versions: Mapping[str, str]) -> None:
         self.versions, self.settings = dict(versions), Settings()
@@ -84,6 +86,7 @@ class Vllm(HostPass):
             group = otp_group.require("the model")
             attentions = config.compilation_config.static_forward_context
             before, known = set(group.layers), set(attentions)
+            self._firsts.clear()  # of a model that was refused
             model = wrapped(*args, **kwargs)
             deepseek_v4.check_pairs(model, self._firsts)
             built = [name for name in group.layers if name not in before]
@@ -223,14 +226,17 @@ class Vllm(HostPass):
 
         There are no layers yet: a whole o_proj without memory shows what the host makes of one.
         """
-        from vllm.distributed import parallel_state
-        from vllm.model_executor.layers.linear import RowParallelLinear
-
         text, quant_config = of(config, "model_config.hf_text_config"), of(config, "quant_config")
         if quant_config is None:
             return None
+        from vllm.distributed import parallel_state
+        from vllm.model_executor.layers.linear import RowParallelLinear
+
         alone = otp_group.LayerTPGroup(0, [0], None, None)
         try:
+            # From 0.24 on; where it is absent no method takes quantized rows. Older releases also
+            # keep a tensor of the first fp8 layer for all others, which would be without memory.
+            importlib.import_module("vllm.model_executor.layers.fusion.quant_activation")
             with otp_group.LayerScope(parallel_state, alone), torch.device("meta"):
                 layer = RowParallelLinear(
                     o_proj_columns(text), text.hidden_size, bias=False, disable_tp=True,
@@ -277,12 +283,13 @@ class Vllm(HostPass):
         """Return what of the host's configuration must be equal on all ranks."""
         sizes = of(config, "compilation_config.cudagraph_capture_sizes") or ()
         drafted = of(config, "speculative_config.num_speculative_tokens") or 0
+        self.agreed_grid = self.grid(config)
         return {
             "enforce_eager": str(bool(of(config, "model_config.enforce_eager"))),
             "cudagraph_mode": refusals.graph_mode(config),
             "cudagraph_capture_sizes": str(sorted(sizes)) if self.graph_rows(config) else "",
             "num_speculative_tokens": str(drafted),
-            f"{GRID} of this model": str(self.grid(config)),
+            f"{GRID} of this model": str(self.agreed_grid),
         }
 
     def announced(self, group: OtpGroup) -> Counts | None:

@@ -12,6 +12,7 @@ import gc
 import hashlib
 import json
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -83,6 +84,7 @@ class OtpGroup:
     facts: what the ranks agreed on at the start, by name.
     buffers: memory that all layers share; outgrown: smaller memory that a graph may hold; views:
         of the buffers, by what `exchange.buffer` was asked for.
+    older_graphs: CUDA graphs that were there before the group, so they hold nothing of it.
     """
 
     ranks: list[int]
@@ -107,6 +109,7 @@ class OtpGroup:
     buffers: dict[Any, torch.Tensor] = field(default_factory=dict)
     outgrown: list[torch.Tensor] = field(default_factory=list)
     views: dict[Any, torch.Tensor] = field(default_factory=dict)
+    older_graphs: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
 
     def __post_init__(self) -> None:
         self.size, self.tp_size = len(self.ranks), len(self.tp_ranks)
@@ -229,7 +232,7 @@ def create(
         tp_ranks=tp_ranks, tp_rank=tp_ranks.index(rank),
         device_group=device_group, cpu_group=cpu_group,
         layer_tp=layer_tp, settings=settings, store_key=f"{key}/{ranks[0]}", graph_rows=graph_rows,
-        facts=facts or {},
+        facts=facts or {}, older_graphs=_graphs() if graph_rows else weakref.WeakSet(),
     )  # fmt: skip
     return _current
 
@@ -240,7 +243,8 @@ def destroy() -> None:
     group, _current = _current, None
     if group is None:
         return
-    _release_graphs()
+    if group.graph_rows:
+        _release_graphs(group)
     groups = [group.device_group, group.cpu_group]
     for layer_tp in group.layer_tp.values():
         groups += [layer_tp.device_group, layer_tp.cpu_group]
@@ -249,17 +253,24 @@ def destroy() -> None:
             dist.destroy_process_group(process_group)
 
 
-def _release_graphs() -> None:
-    """Reset every CUDA graph of this process.
+def _release_graphs(group: OtpGroup) -> None:
+    """Reset the CUDA graphs that are younger than the group.
 
     NCCL 2.28.9 neither destroys nor aborts a communicator while a graph holds its collectives:
     it waits forever. Workers of vLLM destroy their groups with their graphs alive (read in 0.11.0
     to 0.32.0).
     """
     gc.unfreeze()  # vLLM hides what is alive after its start from the collector
-    for found in gc.get_objects():
-        if issubclass(type(found), torch.cuda.CUDAGraph):
-            found.reset()
+    for graph in _graphs() - group.older_graphs:
+        # The end of a process goes on, also where a replay failed: its peers may wait for that.
+        with contextlib.suppress(RuntimeError):
+            graph.reset()
+
+
+def _graphs() -> weakref.WeakSet[Any]:
+    """Return the CUDA graphs of this process, whoever captured them."""
+    kind = torch.cuda.CUDAGraph
+    return weakref.WeakSet(each for each in gc.get_objects() if issubclass(type(each), kind))
 
 
 def check_layers(group: OtpGroup, facts: Mapping[str, str]) -> None:

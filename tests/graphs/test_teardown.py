@@ -16,17 +16,25 @@ from . import emulator
 
 
 def test_graphs_are_released_before_the_groups() -> None:
-    """NCCL would wait forever for a graph that is alive, as seen on a GPU."""
-    assert launch.run(2, ended) == [(5, 0)] * 2
+    """NCCL would wait forever for a graph that is alive, as seen on a GPU.
+
+    A graph that was there before the group stays: it may be another engine's, or a trainer's.
+    """
+    assert launch.run(2, ended) == [(5, 0, 1)] * 2
 
 
-def ended() -> tuple[int, int]:
-    """In a rank: recorded calls of a graph before the end, and when the group is destroyed."""
+def ended() -> tuple[int, int, int]:
+    """In a rank: recorded calls of a graph before the end, and when the group is destroyed.
+
+    The third number is of a graph that is older than the group.
+    """
     from oproj_patch.sharding import otp_group
 
     held: dict[Any, int] = {}
     with emulator.installed():
-        graph: Any = torch.cuda.CUDAGraph()
+        older: Any = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(older):
+            torch.ones(2) + 1
         destroy = dist.destroy_process_group
 
         def watched(group: Any = None) -> None:
@@ -34,6 +42,13 @@ def ended() -> tuple[int, int]:
             destroy(group)
 
         with mock.patch.object(dist, "destroy_process_group", watched), sharding(2, 2):
+            found = otp_group.require("the test")
+            found.older_graphs, found.graph_rows = (
+                otp_group._graphs(),
+                4,
+            )  # as of a start with graphs
+            group = found.device_group
+            graph: Any = torch.cuda.CUDAGraph()
             layer, _, _ = made(16, 32)
             finish(layer)
             x = whole(3, 32, torch.float32)
@@ -41,7 +56,6 @@ def ended() -> tuple[int, int]:
                 layer(x)
                 with torch.cuda.graph(graph):
                     layer(x)
-            group = otp_group.require("the test").device_group
             before = len(graph.calls)
             gc.freeze()  # as vLLM does after its start
-    return before, held[group]
+    return before, held[group], len(older.calls)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -241,7 +242,8 @@ def test_the_grid_is_the_one_that_the_host_takes(name: str, tp: int) -> None:
     for row in rows:
         host.settings = Settings(size=row["otp_size"])
         own = [wire for wire in row["wires"] if wire.get("layers") != "wo_a, wo_b"]
-        assert (row if len(own) > 1 else own[0])["grid"] == str(host.grid(config))
+        with mock.patch.object(host, "wire_bytes", return_value=None):  # it asks vLLM's layers
+            assert (row if len(own) > 1 else own[0])["grid"] == str(host.grid(config))
 
 
 def test_outputs_that_n_does_not_divide_have_no_grid_of_1_x_n() -> None:
