@@ -135,6 +135,7 @@ def test_servers_would_be_accepted_and_active(command: str, tiny_model: str) -> 
     assert report["size"] == (4 if said[1] == "auto" else int(said[1]))
 
 
+@pytest.mark.long
 @needs_vllm
 @pytest.mark.parametrize("command", [c for c in commands() if c.endswith("patch doctor")])
 def test_doctor_alone_says_off(command: str) -> None:

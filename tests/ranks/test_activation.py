@@ -618,6 +618,7 @@ def enabled_then_disabled_before_vllm() -> None:
     assert changed(before) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("case", "toggle"), [(import_before_vllm, "2"), (enabled_then_disabled_before_vllm, "")]
 )

@@ -189,6 +189,7 @@ PREFILLS: list[list[list[tuple[int, int, bool]]]] = [
 ]
 
 
+@pytest.mark.long
 def test_prefill_context_parallel(server: launch.Server) -> None:
     """A rank runs, padded, as many rows as the most of its requests' chunks: as announced."""
     told = launch.run(4, prefilled, env=INTERPRETED, server=server, seconds=240)

@@ -105,6 +105,7 @@ def steps(path: str, case: Case) -> None:
             assert o_proj._fused_wo_a_max_tokens(attention) == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("both", [True, False], ids=["both", "wo_b"])
 @pytest.mark.parametrize("attention", ["V4", "V4.1"])
 def test_traced_with_stand_ins_for_kernels(

@@ -93,6 +93,7 @@ def serve(model: str, *options: str) -> list[str]:
 # --- with a host ------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @needs_vllm
 def test_active(model: str) -> None:
     code, report = doctor("--", f"{TOGGLE}=2", *serve(model, "--data-parallel-size", "4"))
