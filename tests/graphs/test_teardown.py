@@ -20,7 +20,7 @@ def test_graphs_are_released_before_the_groups() -> None:
 
     A graph that was there before the group stays: it may be another engine's, or a trainer's.
     """
-    assert launch.run(2, ended) == [(5, 0, 1)] * 2
+    assert launch.run(2, ended) == [(5, 0, 2)] * 2
 
 
 def ended() -> tuple[int, int, int]:
@@ -43,10 +43,8 @@ def ended() -> tuple[int, int, int]:
 
         with mock.patch.object(dist, "destroy_process_group", watched), sharding(2, 2):
             found = otp_group.require("the test")
-            found.older_graphs, found.graph_rows = (
-                otp_group._graphs(),
-                4,
-            )  # as of a start with graphs
+            # As after a start with graphs.
+            found.older_graphs, found.graph_rows = otp_group._graphs(), 4
             group = found.device_group
             graph: Any = torch.cuda.CUDAGraph()
             layer, _, _ = made(16, 32)
