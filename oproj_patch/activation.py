@@ -182,6 +182,7 @@ def _group_created(create: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str,
     given = inspect.signature(create).bind(*args, **kwargs).arguments
     start = _started()
     if start.refusal is not None:
+        _state.start = None  # once mended, the next engine in this world is another start
         raise start.refusal
     name = given.get("group_name")
     if name == "tp" and not start.tp_groups:
@@ -241,9 +242,11 @@ def _install(host: Any, config: Any) -> tuple[Settings, dict[str, str]]:
 
     host.settings = settings = resolved(_state.settings, config)
     host.check_version(settings)
-    if _state.host is None:
-        _state.installed += install(host.seams(config), str(host))
-        _state.host = host
+    # Another engine of this process may need seams that the first one did not (LoRA).
+    known = {entry.seam.symbol for entry in _state.installed}
+    wanted = [seam for seam in host.seams(config) if seam.symbol not in known]
+    _state.installed += install(wanted, str(host))
+    _state.host = host
     host.check(config, settings)
     versions = {f"the version of {name}": version for name, version in host.versions.items()}
     return settings, versions | host.agreed(config)

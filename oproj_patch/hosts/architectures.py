@@ -1,7 +1,7 @@
 """Which architectures with experts of the newest release are sharded, and which are refused.
 
-`docs/architectures.md` says what shows it. A model of another architecture may be sharded as well:
-the check after construction decides, before a weight is loaded.
+`docs/architectures.md` names the test of each. A model of another architecture may be sharded as
+well: the check after construction decides, before a weight is loaded.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """DeepSeek V4's output projection: two layers, `wo_a` and `wo_b`, which can be one step.
 
 `wo_b` is a row-parallel layer like an o_proj; `wo_a` is block-diagonal. In both hosts a method of
-the attention runs the two, and reads `wo_a`'s weight past that layer's forward. So both are built
+the attention runs the two, and reads `wo_a`'s weight without calling that layer. So both are built
 in the layer's own group, and that method is run with the heads and groups of this rank's shard.
 """
 

@@ -21,7 +21,7 @@ def add_to_vllm_plugins(environ: MutableMapping[str, str]) -> Callable[[], None]
 
 
 def add_to_ray(environ: MutableMapping[str, str]) -> Callable[[], None]:
-    """Make vLLM copy our variables to Ray workers; return what takes exactly that back.
+    """Make vLLM copy our variables to Ray workers; return what removes them, and nothing else.
 
     vLLM copies what its platform's `additional_env_vars` (0.9.1 to 0.18) or the variable
     `VLLM_RAY_EXTRA_ENV_VARS_TO_COPY` names (since 0.17; older ones do not know it).

@@ -39,7 +39,7 @@ def layer_wrapped(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
     made = wrapped(*given.args, **given.kwargs)
     if made is seen:  # vLLM has no LoRA layer for this class
         return layer
-    # In the tree of modules is the layer itself: what loads weights anew walks it and knows it.
+    # The tree of modules gets the layer itself, because a reload of weights looks for it there.
     made._modules["base_layer"] = layer
     vars(made)["base_layer"] = seen
     return made

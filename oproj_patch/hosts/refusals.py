@@ -93,21 +93,38 @@ def _more_than_one(name: str) -> Found:
     return lambda facts: (n := of(facts.vllm, f"parallel_config.{name}") or 1) > 1 and n
 
 
-def _named(path: str, *patterns: str) -> Found:
-    """Find, at `path`, the name (of a list: the first) that one of `patterns` matches."""
+class _Named:
+    """Finds, at `path`, the name (of a list: the first) that one of `patterns` matches."""
 
-    def found(facts: Facts) -> object:
-        value = of(facts.vllm, path)
+    def __init__(self, path: str, *patterns: str) -> None:
+        self.path, self.patterns = path, patterns
+
+    def __call__(self, facts: Facts) -> object:
+        value = of(facts.vllm, self.path)
         value = getattr(value, "value", value)  # an enumeration before vLLM 0.10
-        names = value if isinstance(value, list) else [value]
-        return next((n for n in names for p in patterns if fnmatchcase(str(n).lower(), p)), None)
-
-    return found
+        names, sought = value if isinstance(value, list) else [value], self.patterns
+        return next((n for n in names for p in sought if fnmatchcase(str(n).lower(), p)), None)
 
 
-def _all(*finders: Found) -> Found:
-    """Find the value of the last of `finders` when all find one."""
-    return lambda facts: all(found(facts) for found in finders) and finders[-1](facts)
+class _Captured:
+    """Finds the graph mode where it is one of `patterns`."""
+
+    def __init__(self, *modes: str) -> None:
+        self.patterns = modes
+
+    def __call__(self, facts: Facts) -> object:
+        return not torchair(facts.ascend) and (m := graph_mode(facts.vllm)) in self.patterns and m
+
+
+class _All:
+    """Finds the value of the last of `finders` when all find one."""
+
+    def __init__(self, *finders: Found) -> None:
+        self.finders = finders
+        self.patterns = tuple(p for found in finders for p in getattr(found, "patterns", ()))
+
+    def __call__(self, facts: Facts) -> object:
+        return all(found(facts) for found in self.finders) and self.finders[-1](facts)
 
 
 def _variable(name: str) -> Found:
@@ -118,10 +135,6 @@ def _rocm(_: Facts) -> bool:
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_rocm())
-
-
-def _captured_as(*modes: str) -> Found:
-    return lambda facts: not torchair(facts.ascend) and (m := graph_mode(facts.vllm)) in modes and m
 
 
 def _asynchronous_eplb(facts: Facts) -> object:
@@ -143,7 +156,7 @@ def _shared_experts(facts: Facts) -> object:
     return on and not of(facts.vllm, "model_config.enforce_eager") and "on"
 
 
-deepseek_v4 = _named(ARCHITECTURES, "deepseekv4*")
+deepseek_v4 = _Named(ARCHITECTURES, "deepseekv4*")
 """Finds a DeepSeek V4 or V4.1."""
 
 RULES: tuple[Rule, ...] = (
@@ -158,51 +171,52 @@ RULES: tuple[Rule, ...] = (
          remedy="set eplb_config.use_async to false, or eplb_config.communicator to nixl or "
          "torch_gloo (vLLM 0.23 or later), or unset the variable"),
     Rule("--enable-dbo with device graphs",
-         _all(_set("parallel_config.enable_dbo"),
-              _captured_as("FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")),
+         _All(_set("parallel_config.enable_dbo"),
+              _Captured("FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")),
          "a rank that replays a graph and one that does not announce different rows for the halves "
          "of a batch", since="0.11.0", until="0.12.0",
          remedy="use PIECEWISE or NONE, or vLLM 0.13 or later"),
-    Rule("--load-format", _named("load_config.load_format", "sharded_state", "tensorizer",
+    Rule("--load-format", _Named("load_config.load_format", "sharded_state", "tensorizer",
                                  "runai_streamer_sharded", "ipc_cache", "rfork", "bitsandbytes"),
          "this loader names its files, or finds or cuts its tensors, by tensor-parallel rank only"),
-    Rule("--load-format", _named("load_config.load_format", "modelexpress", "netloader"),
+    Rule("--load-format", _Named("load_config.load_format", "modelexpress", "netloader"),
          "weights come from another instance, which has not been verified"),
-    Rule("--quantization", _named("model_config.quantization", "bitsandbytes", "gguf"),
+    Rule("--quantization", _Named("model_config.quantization", "bitsandbytes", "gguf"),
          "its weights are cut, or made, outside the layer's own weight loader"),
     Rule("the quantization's transform_config",
          lambda facts: of(facts.vllm, "quant_config.transform_config") and "given",
          "its transforms mix all input columns of a layer and cannot be cut"),
-    Rule("on ROCm the model architecture", _all(_rocm, deepseek_v4),
-         "its kernels there (_bpre_attn_gemm, the mono kernels) read wo_b's weight past the "
-         "layer's forward", remedy="unset the variable for this model"),
+    Rule("on ROCm the model architecture", _All(_rocm, deepseek_v4),
+         "its kernels there (_bpre_attn_gemm, the mono kernels) read wo_b's weight without calling "
+         "the layer", remedy="unset the variable for this model"),
     Rule("VLLM_ENABLE_GEMM_RS with tensor parallelism and the model architecture",
-         _all(_variable("VLLM_ENABLE_GEMM_RS"), _more_than_one("tensor_parallel_size"),
-              _named(ARCHITECTURES, "deepseekv41*")),
-         "its fused GEMM and reduce-scatter reads wo_b's weight past the layer's forward",
+         _All(_variable("VLLM_ENABLE_GEMM_RS"), _more_than_one("tensor_parallel_size"),
+              _Named(ARCHITECTURES, "deepseekv41*")),
+         "its fused GEMM and reduce-scatter reads wo_b's weight without calling the layer",
          remedy="unset one of the two variables"),
     Rule("--enable-lora with the model architecture",
-         _all(_given("lora_config"), deepseek_v4),
+         _All(_given("lora_config"), deepseek_v4),
          "its two output projections have not been run below a LoRA layer"),
     Rule("--tensor-parallel-size above 1 with the model architecture",
-         _all(_more_than_one("tensor_parallel_size"), _named(ARCHITECTURES, "kimik3*")),
-         "a fused kernel of this model reads o_proj's weight past the layer's forward"),
+         _All(_more_than_one("tensor_parallel_size"), _Named(ARCHITECTURES, "kimik3*")),
+         "a fused kernel of this model reads o_proj's weight without calling the layer"),
     Rule("--tensor-parallel-size above 1 with the model architecture",
-         _all(_more_than_one("tensor_parallel_size"), _named(ARCHITECTURES, "musespark*")),
-         "a fused kernel of this model reads o_proj's weight past the layer's forward",
+         _All(_more_than_one("tensor_parallel_size"), _Named(ARCHITECTURES, "musespark*")),
+         "a fused kernel of this model reads o_proj's weight without calling the layer",
          since="0.33.0"),
     Rule("additional_config.decode_backend",
          lambda facts: (told := _additional("decode_backend")(facts)) != "auto" and told,
-         "its kernels read o_proj's weight past the layer's forward", since="0.33.0"),
+         "its kernels read o_proj's weight without calling the layer", since="0.33.0"),
     Rule("speculative_config.num_speculative_tokens_per_batch_size",
          _given("speculative_config.num_speculative_tokens_per_batch_size"),
          "a rank drafts as many tokens as its own batch asks for, so ranks would run the drafter a "
          "different number of times",
-         remedy="use num_speculative_tokens alone, or vLLM 0.26 or later, or unset the variable"),
+         remedy="use num_speculative_tokens alone, or vLLM 0.26 or later, which ignores this, "
+         "or unset the variable"),
     Rule("VLLM_USE_V1", _first_engine,
          "vLLM's first engine does not run data-parallel ranks in lock step",
          remedy="set VLLM_USE_V1=1, or unset the variable"),
-    Rule("cudagraph_mode", _captured_as("FULL_DECODE_ONLY"),
+    Rule("cudagraph_mode", _Captured("FULL_DECODE_ONLY"),
          "its runner asserts that no rank decodes while another prefills",
          since="0.12.0", until="0.12.0",
          remedy="use FULL_AND_PIECEWISE, which is the default, or vLLM 0.13 or later"),
@@ -236,7 +250,7 @@ RULES: tuple[Rule, ...] = (
     Rule("VLLM_ASCEND_ENABLE_DBO", _variable("VLLM_ASCEND_ENABLE_DBO"),
          "its two micro-batches take turns in a layer, and ranks agree on rows once a forward pass",
          host="vllm-ascend", until="0.11.0", remedy="unset one of the two"),
-    Rule("cudagraph_mode", _captured_as("FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"),
+    Rule("cudagraph_mode", _Captured("FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"),
          "ranks do not agree on a full graph there",
          host="vllm-ascend", since="0.11.0", until="0.11.0",
          remedy="use PIECEWISE or NONE, or vllm-ascend 0.13.0 or later"),

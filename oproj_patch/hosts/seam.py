@@ -70,7 +70,7 @@ class Installed:
 def of_release(seams: Iterable[Seam], version: str, untested: bool) -> list[Seam]:
     """Return the seams whose symbols a release has; of an untested one also all that are there.
 
-    A user who skips the version check says not to trust the number.
+    Where the user skips the version check, the number is not trusted.
     """
     here = [(seam, releases.in_range(version, seam.since, seam.until)) for seam in seams]
     return [s if found else replace(s, required=False) for s, found in here if found or untested]

@@ -11,14 +11,13 @@ import importlib.util
 import inspect
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import releases
-from .._version import __version__
 from ..errors import OprojError, OprojValueError
 from ..settings import GRID, SKIP_VERSION_CHECK, TOGGLE, Settings
 from ..sharding import diagnosis, grid, metrics, otp_group, topology, wire
@@ -102,7 +101,8 @@ class Vllm(HostPass):
         def config_hashed(wrapped: Any, _: Any, args: Any, kwargs: Any) -> str:
             # What is compiled, and the memory that was measured, depend on every setting.
             digest: str = wrapped(*args, **kwargs)
-            salted = f"{digest}/oproj_patch/{__version__}/{self.settings.shared()}"
+            ours = f"{self.versions['oproj_patch']}/{self.settings.shared()}"
+            salted = f"{digest}/oproj_patch/{ours}"
             return hashlib.sha256(salted.encode()).hexdigest()[: len(digest)]
 
         adapters = lora.seams() if of(config, "lora_config") else ()
@@ -140,6 +140,7 @@ class Vllm(HostPass):
         if other or not sharded.is_o_proj(prefix, owner) or left_whole(prefix):
             wrapped(*args, **kwargs)
             return
+        from vllm.config import get_current_vllm_config
         from vllm.distributed import parallel_state
 
         group = otp_group.require(prefix)
@@ -148,11 +149,15 @@ class Vllm(HostPass):
         try:
             sharded.construct(wrapped, instance, args, kwargs, group, parallel_state, self, first)
         except OprojValueError as error:
-            # Of the host's own errors, others than of a value may be one rank's alone (memory).
+            # A ValueError of the host occurs on every rank alike. Any other error of the host, such
+            # as too little memory, may occur on this rank alone, so it is raised again.
             alike = isinstance(error.__cause__, ValueError | None)
             if not alike or not group.main_layers or isinstance(first, Pair):
                 raise
             instance.__class__ = cls
+            context = of(get_current_vllm_config(), "compilation_config.static_forward_context")
+            if (context or {}).get(prefix) is instance:
+                del context[prefix]  # vllm-ascend 0.11.0 registers it, and once only
             vars(instance).clear()
             vars(instance).update(before)
             wrapped(*args, **kwargs)
@@ -184,7 +189,7 @@ class Vllm(HostPass):
         )
 
     def check_layer(self, layer: Any) -> None:
-        """Raise OprojError for what the host chose for a sharded layer and cannot be sharded."""
+        """Raise OprojError where the host chose for a layer what does not work on a shard."""
 
     def check(self, config: Any, settings: Settings) -> None:
         """Raise OprojError for a VllmConfig that cannot be served."""
@@ -200,7 +205,7 @@ class Vllm(HostPass):
         # Read from 0.9.1 to 0.33.0. vLLM only lowers these sizes later.
         if refusals.graph_mode(config) == "NONE":
             return 0
-        return max(of(config, "compilation_config.cudagraph_capture_sizes") or (0,))
+        return max((0, *_captured(config), *_captured(config, "decoder_replay_")))
 
     def grid(self, config: Any) -> Grid:
         """Return the grid of every group: the one that was asked for, or of the fewest bytes.
@@ -224,7 +229,7 @@ class Vllm(HostPass):
     def wire_bytes(self, config: Any) -> int | None:
         """Return the bytes of an element on the way out where it is not the model's type.
 
-        There are no layers yet: a whole o_proj without memory shows what the host makes of one.
+        No layer exists yet, so this builds one unsharded o_proj on the meta device and looks at it.
         """
         text, quant_config = of(config, "model_config.hf_text_config"), of(config, "quant_config")
         if quant_config is None:
@@ -261,7 +266,7 @@ class Vllm(HostPass):
         from vllm.platforms import current_platform
 
         key = getattr(layer, "_input_quant_key", getattr(layer, "input_quant_key", None))
-        # Some devices of ROCm have another fp8 than checkpoints, to which vLLM turns the weights.
+        # Some devices of ROCm have another fp8 than checkpoints. vLLM converts the weights to it.
         if key is None or current_platform.fp8_dtype() != dtype:
             return wire.static(layer, chunk)
         from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation
@@ -281,15 +286,15 @@ class Vllm(HostPass):
 
     def agreed(self, config: Any) -> dict[str, str]:
         """Return what of the host's configuration must be equal on all ranks."""
-        sizes = of(config, "compilation_config.cudagraph_capture_sizes") or ()
+        sizes = sorted((*_captured(config), *_captured(config, "decoder_replay_")))
         drafted = of(config, "speculative_config.num_speculative_tokens") or 0
         self.agreed_grid = self.grid(config)
         return {
             "enforce_eager": str(bool(of(config, "model_config.enforce_eager"))),
             "cudagraph_mode": refusals.graph_mode(config),
-            "cudagraph_capture_sizes": str(sorted(sizes)) if self.graph_rows(config) else "",
+            "cudagraph_capture_sizes": str(sizes) if self.graph_rows(config) else "",
             "num_speculative_tokens": str(drafted),
-            f"{GRID} of this model": str(self.agreed_grid),
+            f"the grid of this model (set {GRID})": str(self.agreed_grid),
         }
 
     def announced(self, group: OtpGroup) -> Counts | None:
@@ -318,7 +323,8 @@ class Vllm(HostPass):
         """Tell whether a drafter runs equally often on every rank, with announced counts.
 
         From 0.25 on vLLM runs the drafter also for a rank whose input exceeds its limit. Before,
-        such a rank skips it, and up to 0.11 an idle rank runs it once, the others once per token.
+        such a rank skips it, and up to 0.11 an idle rank runs it once, a busy one once for each
+        drafted token.
         The counts of a `draft_model` are the target's (0.32.0, second runner).
         """
         if of(config, "speculative_config.method") == "draft_model":
@@ -327,7 +333,7 @@ class Vllm(HostPass):
         spec = importlib.util.find_spec("vllm.v1.worker.gpu_model_runner")
         if spec is None or spec.origin is None:
             return False
-        # One of these calls is in the runner's own dummy run.
+        # Every release calls it in the dummy run. Those that draft on every rank call it once more.
         return Path(spec.origin).read_text(encoding="utf-8").count("drafter.dummy_run(") > 1
 
     def label_type(self) -> type:
@@ -345,6 +351,11 @@ class Vllm(HostPass):
         diagnosis.check_layers(group)
         init_logger("vllm.oproj_patch").info(sharded.summary(group))
         metrics.publish(group)
+
+
+def _captured(config: Any, kind: str = "") -> Sequence[int]:
+    """Return the row counts of graphs; DeepSeek V4.1 (0.32.0) has a second kind of them."""
+    return of(config, f"compilation_config.{kind}cudagraph_capture_sizes") or ()
 
 
 def o_proj_columns(text: Any) -> int:

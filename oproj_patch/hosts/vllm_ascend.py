@@ -55,7 +55,7 @@ ATTENTIONS = (
     (TORCHAIR_MODEL, "TorchairDeepseekV2SFAAttention", "0.11.0", "0.11.0"),
 )
 IMPLEMENTATIONS = (
-    ("attention.mla_v1", "AscendMLAImpl", "", ""),  # required whatever the version is called
+    ("attention.mla_v1", "AscendMLAImpl", "", ""),  # no bounds: it is required in every version
     ("attention.sfa_v1", "AscendSFAImpl", "0.11.0", ""),
     ("attention.dsa_v1", "AscendDSAImpl", "0.23.0", ""),
     ("attention.dsa_v41", "AscendDSAV41Impl", "0.30.0rc2", ""),
@@ -98,7 +98,7 @@ class VllmAscend(Vllm):
         return (*super().seams(config), *own)
 
     def check_layer(self, layer: Any) -> None:
-        """Refuse what vllm-ascend chose for a sharded layer and would not survive sharding."""
+        """Refuse an operator, class or quantization of its own that does not work on a shard."""
         tp_size, operator = layer.oproj.group.tp_size, getattr(layer, "custom_op", None)
         name, chosen, problem = layer.oproj.name, type(operator).__name__, ""
         method = type(getattr(layer.quant_method, "quant_method", layer.quant_method)).__name__
@@ -236,7 +236,7 @@ def registry(host: VllmAscend) -> tuple[Seam, ...]:
          ("output",)),
         (BACKENDS, ".__call__", host.piece_ran,
          "replay a graph only where all ranks have equal rows", ()),
-        (SKIPS, "", lambda *_: False,  # a question whose answer must be no
+        (SKIPS, "", lambda *_: False,  # never skip it
          "keep vllm-ascend's synchronization of rows and graph mode across ranks", ()),
         (SAVERS, "", refuse_to_save, SAVES, ()),
     )  # fmt: skip

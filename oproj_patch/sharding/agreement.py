@@ -27,6 +27,10 @@ HEARD_SECONDS = 5.0
 """How long a rank waits for the others to hear a bad verdict before it ends."""
 
 
+HOLDER = "rank 0, or torchrun's agent on the first node"
+"""Which process holds the key-value store."""
+
+
 def within(seconds: float, ask: Callable[[], Answer], silent: OprojError) -> Answer:
     """Return what `ask`, which uses a store, returns, or raise what it raises.
 
@@ -62,15 +66,16 @@ def agree(
     verdict: judges the records; returns the error to raise, or None. Every rank raises the same,
         because the first rank to judge writes its verdict to the store.
     refusal: why this rank cannot take part; it is the verdict then, and nobody waits.
-    end_others: called on the one rank that writes a bad verdict, for ranks that do not read it.
+    end_others: called after a bad verdict that a rank has not read, because such a rank is unaware.
     facts: what is the same on all ranks, by name, for the report of a failure.
     """
     with store_errors(refusal):
         node = socket.gethostname()
         if refusal is not None:
             told = f"rank {rank} (node {node}) cannot start: {refusal.sentence}"
-            _write(store, key, OprojError(refusal.code, told), end_others)
-            _hear(store, key, rank, ranks, seconds)
+            _write(store, key, OprojError(refusal.code, told))
+            if _hear(store, key, rank, ranks, seconds):
+                end_others()
             raise refusal
         deadline = time.monotonic() + seconds
         store.set(f"{key}/{rank}", json.dumps({**record, "node": node}))
@@ -81,13 +86,15 @@ def agree(
             other: None if name in missing else json.loads(store.get(name))
             for other, name in names.items()
         }
-        code, sentence = _write(store, key, verdict(records), end_others)
+        code, sentence = _write(store, key, verdict(records))
         if code:
             report.log(OprojError(code, sentence), rank, records, facts or {})
-            # Who has not come by the deadline will not; where a verdict ended the wait, it may.
+            # A rank that is absent at the deadline will not come, so nobody waits for it. Before
+            # the deadline, where a verdict ended the wait, it still may.
             left = deadline - time.monotonic()
-            heard = [other for other in ranks if left > 0 or records[other] is not None]
-            _hear(store, key, rank, heard, max(HEARD_SECONDS, left))
+            there = [other for other in ranks if left > 0 or records[other] is not None]
+            if _hear(store, key, rank, there, max(HEARD_SECONDS, left)) or len(there) < len(ranks):
+                end_others()
             raise OprojError(code, sentence)
 
 
@@ -101,27 +108,28 @@ def store_errors(refusal: OprojError | None) -> Iterator[None]:
     except RuntimeError as problem:  # torch's DistNetworkError
         raise refusal or OprojError(
             "OPROJ011",
-            "the rank that holds the key-value store of the process group (rank 0) ended while "
-            f"the ranks agreed ({str(problem).splitlines()[0]}): look for its error in its log.",
+            f"the process that holds the key-value store of the process group ({HOLDER}) ended "
+            f"while the ranks agreed ({str(problem).splitlines()[0]}): look for its error in its "
+            "log.",
         ) from problem
 
 
-def _write(
-    store: Any, key: str, error: OprojError | None, end_others: Callable[[], None]
-) -> list[str]:
+def _write(store: Any, key: str, error: OprojError | None) -> list[str]:
     """Write a verdict unless there is one; return [code, sentence] of the one that holds."""
     mine = ["", ""] if error is None else [error.code, error.sentence]
     settled: list[str] = json.loads(store.compare_set(f"{key}/verdict", "", json.dumps(mine)))
-    if error is not None and settled == mine:
-        end_others()
     return settled
 
 
-def _hear(store: Any, key: str, rank: int, ranks: Sequence[int], seconds: float) -> None:
-    """Wait until `ranks` heard the verdict, because the store ends with the rank that holds it."""
+def _hear(store: Any, key: str, rank: int, ranks: Sequence[int], seconds: float) -> list[str]:
+    """Wait until `ranks` heard the verdict, because the store ends with the rank that holds it.
+
+    Returns something where one did not.
+    """
     with contextlib.suppress(RuntimeError):  # the store has ended; this rank knows the verdict
         store.set(f"{key}/heard/{rank}", "1")
-        _wait(store, [f"{key}/heard/{other}" for other in ranks], seconds)
+        return _wait(store, [f"{key}/heard/{other}" for other in ranks], seconds)
+    return []
 
 
 def _wait(store: Any, keys: Sequence[str], seconds: float, unless: str | None = None) -> list[str]:

@@ -80,6 +80,9 @@ def failed(where: str, counts: str, error: CollectiveError, group: OtpGroup) -> 
     where: this rank's place; counts: its rows and, where it knows them, those of all ranks.
     """
     problem, rank = str(error).splitlines()[0].partition(". ")[0], group.ranks[group.rank]
+    timeout, seconds = otp_group.timeout_of(group.device_group), error.seconds
+    if seconds is None and timeout is not None:
+        seconds = timeout.total_seconds()
     silent = OprojError(
         "OPROJ013",
         f"a step of the ranks {group.ranks} failed ({problem}), and the key-value store on rank 0 "
@@ -88,7 +91,7 @@ def failed(where: str, counts: str, error: CollectiveError, group: OtpGroup) -> 
     place, facts = {report.WHERE: where, report.ROWS: counts}, _facts(group)
     ask = functools.partial(
         agreement.agree, otp_group.store(), f"{group.store_key}/failed", rank, group.ranks, place,
-        agreement.HEARD_SECONDS, functools.partial(_absent, problem, group), facts=facts,
+        agreement.HEARD_SECONDS, functools.partial(_absent, problem, seconds, group), facts=facts,
     )  # fmt: skip
     found = silent
     try:
@@ -112,12 +115,13 @@ def _facts(group: OtpGroup) -> dict[str, str]:
     }
 
 
-def _absent(problem: str, group: OtpGroup, records: report.Records) -> OprojError:
-    """Judge a failed step: the ranks without a record were not in it."""
-    timeout = otp_group.timeout_of(group.device_group)
-    seconds = group.settings.handshake_seconds
-    if not group.settings.debug and timeout is not None:
-        seconds = timeout.total_seconds()
+def _absent(
+    problem: str, seconds: float | None, group: OtpGroup, records: report.Records
+) -> OprojError:
+    """Judge a failed step: the ranks without a record were not in it.
+
+    seconds: the deadline of what failed; None: unknown.
+    """
     absent = [str(rank) for rank, record in records.items() if record is None]
     waiting = "; ".join(
         f"rank {rank} was at {record['where']}" for rank, record in records.items() if record
@@ -131,6 +135,7 @@ def _absent(problem: str, group: OtpGroup, records: report.Records) -> OprojErro
         )
     return OprojError(
         "OPROJ013",
-        f"rank {', '.join(absent)} did not arrive within {seconds:g} s, or has ended ({waiting}: "
+        f"rank {', '.join(absent)} did not arrive within "
+        f"{'the deadline' if seconds is None else f'{seconds:g} s'}, or has ended ({waiting}: "
         f"{problem}): look for the error in the log of that rank, or for what it is busy with.",
     )

@@ -6,8 +6,8 @@ heads of this tensor-parallel rank):
     x_o [T_o, K] --dispatch--> [sum(T), K/a] --GEMM--> [sum(T), H/b] --combine--> [T_o, H]
 
 Dispatch and combine are one all-to-all each, on every backend. Rank (i, j) of the grid gets chunk i
-of all rows. The owner of a row adds up a partial results for each of b slices of its outputs: that
-is one hop, rounds once, and takes unequal rows.
+of all rows. The owner of a row adds up `a` partial results for each of `b` slices of its outputs:
+that is one hop, rounds once, and takes unequal rows.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .otp_group import CollectiveError, Counts, OtpGroup
 from .pair import placed
 
 BUFFER_BYTES = 8 << 20
-"""Of each shared buffer in a step with more rows, which is cut into parts.
+"""Size of one shared buffer, in bytes. A step that needs a larger one is cut into parts.
 
-There are three in each of two lanes. Two or three parts are under way at once, so a part is small.
+Each of two lanes has three. Two or three parts are under way at once, so a part is small.
 """
 
 MOST_VIEWS = 1024
@@ -143,7 +143,7 @@ def exchange(
     out and the last one on its way back.
     """
     shard, group, plan = layer.oproj, layer.oproj.group, layer.oproj.plan
-    # Chunks of 8 bits are opened, because the quant method does not take them for rows.
+    # `open_` turns chunks of 8 bits into what the quant method accepts as rows.
     close, open_ = (shard.wire.close, shard.wire.open) if shard.wire else (_as_it_is, None)
     if parts == 1:
         arrived = dispatch(close(x), counts, group, plan, tail=tail).wait()
@@ -203,7 +203,8 @@ def dispatch(
     """Send x [rows, a * width] out: [sum(counts), width] arrives, by owner, same dtype.
 
     width: as in the plan, K/a where rows travel in the model's type.
-    lane: which buffers a part of a step uses; None: of the whole step, which waits for the rows.
+    lane: the buffers of one part of a step, which goes on meanwhile. None: the step is whole, and
+        waits for the rows.
     tail: [rows, at most plan.tail], what goes to every rank behind its chunk.
     The result is valid until the lane's next part, or the group's next step.
     """
@@ -277,7 +278,7 @@ def buffer(
 def reserve(group: OtpGroup, like: torch.Tensor) -> None:
     """Allocate the buffers, typed `like` the activations, for the largest step.
 
-    That is a captured one, which uses the first lane, or two parts of a step that is cut.
+    The largest is a captured step, in lane 0, or two parts of a step that is cut, in lanes 0 and 1.
     """
     if not group.graph_rows:
         return
@@ -294,7 +295,7 @@ def reserve(group: OtpGroup, like: torch.Tensor) -> None:
 
 
 def run_traced(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """Do what `run` does for a graph compiler that has no use for our op: equal rows.
+    """Do what `run` does for a graph compiler that cannot handle our op (torchair).
 
     x [T, K] -> [T, hidden]; every rank of the group has T rows.
     """

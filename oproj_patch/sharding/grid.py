@@ -64,7 +64,7 @@ def of_layer(given: Mapping[str, Any], group: OtpGroup) -> tuple[Grid, str]:
     if given.get("quant_config") is not None:
         outputs = math.lcm(outputs, QUANTIZED_OUTPUTS)
     wanted = grid
-    if grid == plain:  # perhaps because of these blocks: what would it be without them?
+    if grid == plain:  # find out whether it would be another one without these blocks
         wanted = topology.choose_grid(group.size, columns // tp_size, hidden, 2)
     if wanted == plain:
         return plain, ""

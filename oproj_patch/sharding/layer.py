@@ -30,7 +30,8 @@ from .wire import Wire
 
 # A decoder's self-attention output projection, by vLLM's naming of layers ("prefix"). Not matched:
 # `self_attn.dense`, `out_proj`. Linear attentions use these names too (Bailing 2.5,
-# MiniMax-Text-01); vLLM cuts their rows inside the layer, and nobody announces those counts.
+# MiniMax-Text-01). vLLM changes the number of rows inside those layers, and announces only that of
+# the whole pass, so they cannot be sharded.
 _O_PROJ = re.compile(
     r"(^|\.)((self_attn|self_attention|attn|attention|mixer)(\.\d+)?\.o_proj"
     r"|layers\.\d+\.o_proj|attention\.dense|(self_attn|attn)\.wo_b)$"
@@ -67,18 +68,20 @@ class Shard:
 
     name: key of the layer in its group; label: the name, as the custom op takes it.
     traceable: a graph compiler traces the layer as plain collectives, see `HostPass`.
-    grid: the layer's; hidden: its outputs on all ranks; whole: why it is not the group's grid.
+    grid: the layer's; hidden: its outputs on all ranks.
+    whole: why the grid is not the group's, so the output is whole; empty where it is.
     tp: what the host sees as the tensor-parallel group of the layer.
     plan: see `exchange.Plan`; None before the first step.
     wire: how rows travel out, if not in the model's type.
-    cut: of the parameters that are cut, by name, into how many parts on the group's ranks.
+    cut: parameter's name -> number of parts into which the group cuts it.
     kept, saved: bytes of the parameters on this rank, and what the unsharded layer had more.
     description: what must be equal on all ranks.
     leads: ranks that agree on row counts do it anew at this layer.
     gather_verified: a gather was seen to give what an exchange gives.
     mixes_rows: one row changes another's result in the quant method, which then gets the rows of
         one owner at a time.
-    pair: for the second of two layers that are one step; alone: why its first layer is whole.
+    pair: for the second of two layers that are one step.
+    alone: why the first of the two is not sharded; empty where it is, and for a single layer.
     """
 
     name: str
@@ -525,7 +528,7 @@ def run(x: torch.Tensor, name: str, positions: torch.Tensor | None = None) -> to
     group = otp_group.require(name)
     layer = group.layers[name]
     if group.checked < len(group.layers):
-        # No call after loading is made by every loader on every rank; a forward pass is.
+        # Loaders share no call that runs on every rank after loading. A forward pass does.
         settle(group)
         layer.oproj.host.before_first_step(group)
         exchange.reserve(group, x)

@@ -1,4 +1,6 @@
-"""The otp group: create, agree, look up, destroy; and "see the layer's own TP group".
+"""The otp group (output-projection tensor parallelism): create, agree, look up, destroy.
+
+`LayerScope` lets a host see the layer's own group in place of its tensor-parallel group.
 
 Process groups of our own, never vLLM's: under HCCL the buffer of the "dp" group is tiny, and
 names that begin with `tp` or `pp` get shared memory on a CPU.
@@ -31,7 +33,12 @@ Counts = tuple[int, ...]
 
 
 class CollectiveError(RuntimeError):
-    """A collective between the ranks of the group failed; `__cause__` is torch's error."""
+    """A collective between the ranks of the group failed; `__cause__` is torch's error.
+
+    seconds: its deadline; None: the group's timeout.
+    """
+
+    seconds: float | None = None
 
 
 class LayerTPGroup:
@@ -75,7 +82,8 @@ class OtpGroup:
         member in vLLM's data-parallel group.
     tp_ranks: global ranks of this process's tensor-parallel group; tp_rank: its place there.
     device_group, cpu_group: process groups over `ranks` (the same object on gloo).
-    layer_tp: of the grids that a layer may have; the last is the group's.
+    layer_tp: the tensor-parallel group for each grid that a layer may have: Nx1, and the group's
+        own, which is the last.
     graph_rows: see `exchange.Plan`.
     layers: sharded layers by name; main_layers: how many are the first model's, the others are a
         drafter's; checked: how many the ranks have compared; complete: no further one is sharded.
@@ -187,9 +195,9 @@ def agree_to_start(settings: Settings, equal: Mapping[str, str], refusal: OprojE
 
     silent = OprojError(
         "OPROJ011",
-        f"rank 0: the key-value store of the process group, which it holds, gave rank {rank} no "
-        f"answer within {seconds + 2 * agreement.HEARD_SECONDS:g} s: look at the node and the log "
-        "of rank 0 first.",
+        f"the key-value store of the process group (held by {agreement.HOLDER}) gave rank {rank} "
+        f"no answer within {seconds + 2 * agreement.HEARD_SECONDS:g} s: look at the node and the "
+        "log of rank 0 first.",
     )
     return agreement.within(seconds, ask, refusal or silent)
 
@@ -204,7 +212,7 @@ def create(
     dp_groups, tp_groups: global ranks of all of vLLM's groups of that kind.
     backend: torch.distributed backend of the device group; key: from `agree_to_start`.
     like: vLLM's coordinator of this rank's data-parallel group; ours take its timeouts.
-    grid: the group's (default: Nx1, which every group has beside it); facts: see `OtpGroup`.
+    grid: the group's (default: Nx1, which its layers may always take); facts: see `OtpGroup`.
     Raises OprojError when a group exists already.
     """
     global _current
@@ -260,7 +268,6 @@ def _release_graphs(group: OtpGroup) -> None:
     it waits forever. Workers of vLLM destroy their groups with their graphs alive (read in 0.11.0
     to 0.32.0).
     """
-    gc.unfreeze()  # vLLM hides what is alive after its start from the collector
     for graph in _graphs() - group.older_graphs:
         # The end of a process goes on, also where a replay failed: its peers may wait for that.
         with contextlib.suppress(RuntimeError):
@@ -270,6 +277,12 @@ def _release_graphs(group: OtpGroup) -> None:
 def _graphs() -> weakref.WeakSet[Any]:
     """Return the CUDA graphs of this process, whoever captured them."""
     kind = torch.cuda.CUDAGraph
+    if gc.get_freeze_count():  # vLLM hides what is alive after its start from the collector
+        gc.unfreeze()
+        try:
+            return _graphs()
+        finally:
+            gc.freeze()
     return weakref.WeakSet(each for each in gc.get_objects() if issubclass(type(each), kind))
 
 
@@ -297,7 +310,7 @@ def check_layers(group: OtpGroup, facts: Mapping[str, str]) -> None:
 
 
 class LayerScope:
-    """Within it, on this thread alone, `parallel_state.get_tp_group()` is the layer's own group.
+    """While it is open, `get_tp_group()` returns the layer's own group, on this thread alone.
 
     A class, because it surrounds every GEMM and a generator costs several microseconds.
     """
@@ -331,7 +344,7 @@ _exchanging = threading.Lock()
 
 
 class _ByThread:
-    """A group of its own for each thread within a scope, the group before for all others."""
+    """Stands in for vLLM's group: a thread in a scope sees the layer's, all others vLLM's."""
 
     __slots__ = ("_before", "_own")
 
@@ -381,11 +394,11 @@ MOST_GROUPS = 8
 
 
 def _end_unaware() -> None:
-    """Make vLLM's next process groups fail on ranks that wait in them for us.
+    """End ranks that run without the package, because they wait for us in vLLM's next groups.
 
-    A rank that knows nothing of the agreement would wait there for minutes, or live on without
-    its peers. gloo raises when what another rank published is no address. torch does not document
-    the place of these records; where it uses another one, nothing happens.
+    They would wait for minutes, or live on without their peers. This writes what is no address
+    where those groups look for gloo's addresses, so gloo raises there. torch does not document the
+    place of these records: if it uses another one, such a rank ends by its own time-out.
     """
     c10d = dist.distributed_c10d
     world = dist.get_world_size()

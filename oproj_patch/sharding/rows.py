@@ -96,8 +96,10 @@ def gather(values: tuple[int, ...], group: OtpGroup, seconds: float | None = Non
         work = dist.all_gather(
             list(theirs.chunk(group.size)), mine, group=group.cpu_group, async_op=True
         )
-        # Seconds of 0 stand for the group's own timeout.
+        # torch takes 0 s for the group's own timeout.
         work.wait(timedelta(seconds=seconds or 0))
     except RuntimeError as error:
-        raise CollectiveError(str(error)) from error
+        failure = CollectiveError(str(error))
+        failure.seconds = seconds
+        raise failure from error
     return [tuple(column) for column in theirs.view(group.size, -1).t().tolist()]

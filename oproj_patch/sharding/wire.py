@@ -105,7 +105,7 @@ def scaled(dtype: torch.dtype, chunk: int, block: int, kind: torch.dtype) -> Wir
 
 
 def stored(layer: Any) -> torch.dtype | None:
-    """Return the type of an 8-bit weight, in which the input is quantized too; None: another."""
+    """Return the type of an 8-bit weight, to which the input is quantized too, or else None."""
     dtype = getattr(getattr(layer, "weight", None), "dtype", None)
     return dtype if dtype in LARGEST else None
 
@@ -144,8 +144,9 @@ def of_layer(layer: Any) -> Wire | None:
 def as_loaded(layer: Any) -> Wire | None:
     """Return a layer's wire after loading: another one where a kernel removed what it reads.
 
-    That is `scaled`, or none with `auto`. Ranks whose kernels differ have different plans, which
-    they compare before the first step.
+    The other one is `scaled` where the user named a format. With `auto` there is none: rows travel
+    in the model's type. Ranks whose kernels differ have different plans, which they compare before
+    the first step.
     """
     own: Wire | None = layer.oproj.wire
     if own is None or not own.parameter or getattr(layer, own.parameter, None) is not None:

@@ -67,7 +67,9 @@ def refusals() -> str:
     for rule in RULES:
         releases = VLLM_RELEASES if rule.host == "vllm" else tuple(ASCEND_RELEASES)
         span = f" {_span(rule.since, rule.until, releases)}" if rule.since or rule.until else ""
-        rows.append((rule.option, f"{rule.host}{span}", rule.why, rule.remedy))
+        names = ", ".join(getattr(rule.found, "patterns", ()))
+        option = f"{rule.option}: {names}" if names else rule.option
+        rows.append((option, f"{rule.host}{span}", rule.why, rule.remedy))
     return _table(("configured by", "host", "why not", "what to do"), rows)
 
 
@@ -161,7 +163,7 @@ def savings() -> str:
     names = "deepseek-r1", "deepseek-v4-pro"
     plans = [make_plan(name, load_model(name, "int8"), dp=32) for name in names]
     head = ("N", "R1: o_proj on a rank", "saved", "more tokens of KV cache",
-            "sent for each decoded token", "V4-Pro: saved", "sent")  # fmt: skip
+            "sent for each token", "V4-Pro: saved", "sent")  # fmt: skip
     rows = [("off", f"{plans[0]['unsharded_bytes_per_rank'] / GIB:.2f} GiB", *[""] * 5)]
     for pair in zip(*(plan["rows"] for plan in plans), strict=False):
         if pair[0]["otp_size"] <= 16:

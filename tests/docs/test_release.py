@@ -66,6 +66,7 @@ def released(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return wheel, sdist
 
 
+@pytest.mark.long
 def test_contents(released: tuple[Path, Path]) -> None:
     wheel, sdist = released
     assert wheel.name == f"oproj_patch-{__version__}-py3-none-any.whl"
@@ -87,6 +88,7 @@ def test_contents(released: tuple[Path, Path]) -> None:
     assert modules | {"LICENSE", "README.md", "setup.py"} <= packed
 
 
+@pytest.mark.long
 def test_metadata_is_accepted_by_an_index(released: tuple[Path, Path]) -> None:
     pytest.importorskip("twine")
     run(sys.executable, "-m", "twine", "check", "--strict", *released)

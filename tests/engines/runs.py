@@ -84,15 +84,13 @@ class EngineRuns:
         tp: int = 1,
         compiled: bool = False,
         release: str = "",
-        fresh: bool = False,
         grid: str = "",
         second: bool = False,
         **options: Any,
     ) -> EngineConfig:
         """Return a configuration; `otp` None is unpatched, `options` are vLLM's own.
 
-        `release` is a vLLM release that is not the installed one. With `fresh` the processes of
-        the first rank are new interpreters; all others are forks. Compiled runs of one model,
+        `release` is a vLLM release that is not the installed one. Compiled runs of one model,
         layout and release share their compile cache. `second` asks for vLLM's second model runner.
         """
         if compiled:
@@ -122,7 +120,7 @@ class EngineRuns:
             extension="cpu_moe.MoeWorkerProbe" if moe else PROBE,
             python_path=(Path(__file__).parent, *path) if moe else path,
             cache_root=self._caches[cache_key] if compiled else None,
-            start=zygote.start_but_first() if fresh else zygote.start,
+            start=zygote.start,
         )
 
     def off(self, model: Model, **layout: Any) -> OfflineRun:
@@ -141,10 +139,9 @@ class EngineRuns:
         tp: int = 1,
         compiled: bool = False,
         release: str = "",
-        fresh: bool = False,
         grid: str = "",
     ) -> OfflineRun:
-        key = (model, otp, dp, tp, compiled, release, fresh, grid)
+        key = (model, otp, dp, tp, compiled, release, grid)
         if key not in self._runs:
             config = self.config(
                 model,
@@ -153,7 +150,6 @@ class EngineRuns:
                 tp=tp,
                 compiled=compiled,
                 release=release,
-                fresh=fresh,
                 grid=grid,
             )
             self._runs[key] = run = run_offline(config, spread(dp, tp))

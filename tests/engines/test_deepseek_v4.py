@@ -34,12 +34,17 @@ Run = Callable[..., OfflineRun]
 
 @pytest.fixture(scope="module")
 def v4_run(tmp_path_factory: pytest.TempPathFactory, runs: EngineRuns) -> Iterator[Run]:
-    """Return a run of two ranks, each made once; `grid` None is unpatched, and not compiled."""
+    """Return a run of two ranks, each made once; `grid` None is unpatched, and not compiled.
+
+    tp: so many workers in each rank.
+    """
     found: dict[Any, OfflineRun] = {}
     models: dict[bool, Path] = {}
 
-    def run(grid: str | None = None, zeroed: bool = False, mode: str = "") -> OfflineRun:
-        key = grid, zeroed, mode
+    def run(
+        grid: str | None = None, zeroed: bool = False, mode: str = "", tp: int = 1
+    ) -> OfflineRun:
+        key = grid, zeroed, mode, tp
         if zeroed not in models:
             models[zeroed] = v4.make(tmp_path_factory.mktemp("v4"), zeroed)
         if key not in found:
@@ -57,6 +62,7 @@ def v4_run(tmp_path_factory: pytest.TempPathFactory, runs: EngineRuns) -> Iterat
                 }
             config = EngineConfig(
                 models[zeroed],
+                tp=tp,
                 compiled=bool(mode),
                 env=env,
                 options={
@@ -69,7 +75,7 @@ def v4_run(tmp_path_factory: pytest.TempPathFactory, runs: EngineRuns) -> Iterat
                 python_path=(Path(__file__).parent, *path),
                 start=warm.zygote(*path).start,
             )
-            rounds = GRAPH_ROUNDS if mode == "graphs" else ROUNDS
+            rounds = GRAPH_ROUNDS if mode == "graphs" or tp > 1 else ROUNDS
             found[key] = run_offline(config, rounds)
             assert_round_sizes(found[key], rounds)
         return found[key]
@@ -107,13 +113,22 @@ def test_same_tokens_in_device_graphs(v4_run: Run) -> None:
         assert one["replays"] > 0 and other["replays"] > 0
 
 
-def check(off: OfflineRun, on: OfflineRun, both: bool, least: int = 8 + 8 + 6) -> None:
+def test_same_tokens_with_tensor_parallelism(v4_run: Run) -> None:
+    """TP=2 x DP=2: groups [0, 2] and [1, 3]; vLLM's own all-reduce follows ours."""
+    off, on = v4_run(tp=2), v4_run("2x1", tp=2)
+    check(off, on, True, least=8 + 2, tp=2)
+    groups = {tuple(worker["status"]["otp_ranks"]) for worker in on.workers}
+    assert groups == {(0, 2), (1, 3)}
+
+
+def check(off: OfflineRun, on: OfflineRun, both: bool, least: int = 8 + 8 + 6, tp: int = 1) -> None:
     """The tokens are the same, and every worker holds half and exchanged at every layer.
 
     least: steps in Python of each worker, by default a step for each token of the longest answers.
     """
     assert tokens(on) == tokens(off)
-    whole = v4.BOTH_BYTES if both else v4.WO_B_BYTES
+    assert len(on.workers) == len(off.workers) == 2 * tp
+    whole = (v4.BOTH_BYTES if both else v4.WO_B_BYTES) // tp
     for worker in on.workers:
         status = worker["status"]
         assert (status["layers"], status["grid"]) == (v4.LAYERS, "2x1" if both else "1x2")

@@ -37,8 +37,8 @@ def test_two_ranks(runs: EngineRuns, model: Model, compiled: bool) -> None:
 
 @pytest.mark.smoke
 def test_experts(runs: EngineRuns) -> None:
-    """DP=2, otp=2, one rank started as users start it, while the other waits for its zygote."""
-    on = runs.on(MOE, 2, fresh=True)
+    """DP=2, otp=2, eager; `test_demo` starts its ranks as users do."""
+    on = runs.on(MOE, 2)
     assert_same_tokens(runs.off(MOE), on)
 
 

@@ -1,7 +1,8 @@
 """A tiny DeepSeek V4 checkpoint; `python -m tests.engines.v4 DIRECTORY [zeroed]` makes it.
 
-Each half of the outputs of wo_b depends on one half of its columns. So a partial result of two
-ranks is zero where the other's is not, their sum rounds nothing, and equal tokens are no luck.
+Each quarter of the outputs of wo_b depends on one quarter of its columns. So a partial result of
+two or four ranks is zero where the others' are not, their sum rounds nothing, and equal tokens are
+no luck.
 """
 
 from __future__ import annotations
@@ -47,10 +48,8 @@ def main(directory: Path, zeroed: bool) -> None:
             plain = torch.ones(shape) if "norm" in name else torch.randn(shape) * 0.1
             tensors[name] = plain.bfloat16() if "norm" in name else plain
         if name.endswith("wo_b.weight"):
-            half, columns = HIDDEN // 2, shape[1] // 2
-            tensors[name][:half, columns:] = 0
-            tensors[name][half:, :columns] = 0
-            tensors[name] *= 0.0 if zeroed else 2.0
+            quarters = [torch.ones(HIDDEN // 4, shape[1] // 4) for _ in range(4)]
+            tensors[name] *= torch.block_diag(*quarters) * (0.0 if zeroed else 3.0)
     save_file(tensors, directory / "model.safetensors")
 
 

@@ -109,11 +109,6 @@ class Zygote:
         assert answer, "the zygote has ended"
         return Forked(int(answer), ours)
 
-    def start_but_first(self) -> engines.Start:
-        """Return a start whose first program, and all that it starts, are new interpreters."""
-        first = iter([engines.new_interpreter])
-        return lambda *given: next(first, self.start)(*given)
-
 
 @functools.cache
 def zygote(*python_path: Path, **env: str) -> Zygote:

@@ -90,7 +90,7 @@ ABORTED = (
     rf"was at {AT}: .*\): the ranks ran different forward passes, or the network failed"
 )
 SILENT = (
-    r"OPROJ011: rank 0: the key-value store .* gave rank 1 no answer within "
+    r"OPROJ011: the key-value store .* gave rank 1 no answer within "
     rf"{SECONDS + 10} s: look at the node and the log of rank 0"
 )
 NO_MEMORY = r"DefaultCPUAllocator: can't allocate memory|not enough memory"
@@ -338,7 +338,7 @@ def _before_groups(fault: str) -> None:
     if fault == "package":
         from oproj_patch import hosts
 
-        hosts.__version__ = "9.9.9"
+        hosts.build = lambda: "9.9.9"
     elif fault == "host":
         import vllm
 

@@ -35,6 +35,7 @@ def ended() -> tuple[int, int, int]:
         older: Any = torch.cuda.CUDAGraph()
         with torch.cuda.graph(older):
             torch.ones(2) + 1
+        gc.freeze()  # as a trainer may
         destroy = dist.destroy_process_group
 
         def watched(group: Any = None) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -538,7 +539,35 @@ def test_attention_whose_metadata_have_no_token(here: Here) -> None:
             assert float((output - expected).abs().max()) <= 5e-6 * float(expected.abs().max())
 
 
-@part(STABLE)
+@part()
+def test_a_draft_layer_in_blocks_stays_whole(here: Here) -> None:
+    """The host's constructor runs twice; that of 0.11.0 takes a name once only."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
+
+    from oproj_patch.sharding import otp_group
+
+    class InBlocks(UnquantizedLinearMethod):  # type: ignore[misc]
+        def create_weights(
+            self, layer: Any, input_size_per_partition: int, *args: Any, **given: Any
+        ) -> None:
+            if input_size_per_partition % 256:
+                raise ValueError("no whole blocks of 256 columns")
+            super().create_weights(layer, input_size_per_partition, *args, **given)
+
+    config, group = here.config, otp_group.require("the test")
+    name, sharded = "model.layers.90.self_attn.o_proj", len(group.layers)
+    method = SimpleNamespace(get_quant_method=lambda *_, **__: InBlocks())
+    with set_current_vllm_config(config), changed(group, "complete", False):
+        layer = RowParallelLinear(
+            256, 32, bias=False, params_dtype=torch.float32, quant_config=method, prefix=name
+        )
+    assert not hasattr(layer, "oproj") and len(group.layers) == sharded
+    assert layer.weight.shape == (32, 256)
+    assert config.compilation_config.static_forward_context.pop(name, layer) is layer
+
+
+@part(*RELEASES[1:])
 def test_grouped_query_attention(here: Here) -> None:
     """Qwen3-MoE, whose o_proj is called by the model and not by the attention."""
     _another(here, "qwen", "AscendAttentionBackendImpl")

@@ -81,14 +81,15 @@ def prepare() -> None:
 
 
 @contextlib.contextmanager
-def world() -> Any:
-    """A world of this process alone."""
+def world(**changes: Any) -> Any:
+    """A world of this process alone, with these attributes of the VllmConfig."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
 
     from tests.ranks.layers import configuration
 
     config = configuration()
+    vars(config).update(changes)
     with tempfile.TemporaryDirectory() as scratch, set_current_vllm_config(config):
         parallel_state.init_distributed_environment(
             1, 0, f"file://{scratch}/store", 0, backend="gloo"
@@ -101,9 +102,9 @@ def world() -> Any:
             parallel_state.destroy_distributed_environment()
 
 
-def first_group() -> None:
+def first_group(**changes: Any) -> None:
     """What makes the seams go in: vLLM creates a group."""
-    with world() as parallel_state:
+    with world(**changes) as parallel_state:
         parallel_state.init_model_parallel_group([[0]], 0, "gloo", group_name="ep").destroy()
 
 
@@ -366,6 +367,40 @@ def refused(version: str) -> None:
     assert changed(before) == []
 
 
+def a_second_engine_that_needs_more_seams() -> None:
+    import oproj_patch
+
+    adapters = "vllm.lora.model_manager.from_layer"
+    oproj_patch.enable(2)
+    first_group()
+    once = oproj_patch.status().seams
+    assert adapters not in once
+    first_group(lora_config=object())
+    assert oproj_patch.status().seams == (*once, adapters)
+    first_group(lora_config=object())
+    assert oproj_patch.status().seams == (*once, adapters)
+    oproj_patch.disable()
+    assert oproj_patch.status().seams == ()
+
+
+def a_refused_start_that_is_mended_in_its_world() -> None:
+    import oproj_patch
+
+    oproj_patch.enable(2)
+    with world() as parallel_state:
+        from vllm.config import get_current_vllm_config
+
+        create = parallel_state.init_model_parallel_group
+        load = get_current_vllm_config().load_config
+        load.load_format = "sharded_state"
+        assert "--load-format is sharded_state" in raises(
+            "OPROJ015", create, [[0]], 0, "gloo", False, None, "ep"
+        )
+        load.load_format = "auto"
+        create([[0]], 0, "gloo", group_name="ep").destroy()
+    assert set(oproj_patch.status().seams) == WRAPPED
+
+
 def lacking_the_loader() -> None:
     import vllm
     from vllm.model_executor import model_loader
@@ -564,6 +599,7 @@ CASES: dict[str, Callable[[], None]] = {
         failure_while_wrapping, untested_version, version_gate_reads_any_form,
         auto_without_a_size, environment_of_children, entry_point, variables_for_ray,
         bad_toggle_through_the_entry_point, children, forked_child_is_its_own,
+        a_second_engine_that_needs_more_seams, a_refused_start_that_is_mended_in_its_world,
     )
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from demo import model as demo_model
-from oproj_patch import __version__
+from oproj_patch._version import build
 from oproj_patch.cli import doctor as doctor_module
 from oproj_patch.cli import main
 from oproj_patch.errors import CODES
@@ -102,7 +102,7 @@ def test_active(model: str) -> None:
     assert states(report, "refusals") == states(report, "model") == [("ok", None)]
     assert text(report, "model").endswith("the o_proj of every softmax attention is sharded.")
     assert len(states(report, "seam")) >= 5
-    assert report["versions"]["oproj_patch"] == __version__
+    assert report["versions"]["oproj_patch"] == build()
     assert "data-parallel size 4" in text(report, "command")
 
 
@@ -191,6 +191,9 @@ def test_a_model_that_is_not_there_leaves_the_checks_of_the_layout(
     )
     assert states(report, "refusals") == [("problem" if code else "ok", code)]
     assert ("where the model can be read" in report["next"]) is (code is None)
+    verdict = doctor_module.format_report(report).splitlines()[-2]
+    limited = f"would be active here, {size}-way, as far as could be checked."
+    assert verdict == "oproj_patch " + ("would not be active here." if code else limited)
 
 
 @needs_vllm

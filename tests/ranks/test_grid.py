@@ -42,7 +42,7 @@ class Case:
     compiled: bool = False
 
 
-MARKS = {4: pytest.mark.quick, **dict.fromkeys((8, 9, 16), pytest.mark.long)}
+QUICK = "plain", "bfloat16", "parts", "tp"  # of four ranks
 CASES = {
     4: {
         "plain": Case(4),
@@ -61,10 +61,16 @@ CASES = {
 }
 
 
+def _marks(size: int, case: str) -> list[pytest.MarkDecorator]:
+    if size > 4:
+        return [pytest.mark.long]
+    return [pytest.mark.quick] if case in QUICK else []
+
+
 @pytest.mark.parametrize(
     ("world", "case"),
     [
-        pytest.param(size, case, id=f"{size}-{name}", marks=MARKS.get(size, ()))
+        pytest.param(size, case, id=f"{size}-{name}", marks=_marks(size, name))
         for size, cases in CASES.items()
         for name, case in cases.items()
     ],
@@ -212,7 +218,9 @@ def beside_blocks() -> list[int]:
         return list(layers.build(layers.O_PROJ, 576, 512, **options).weight.shape)
 
 
-@pytest.mark.parametrize(("size", "grid"), [(4, "2x2"), (8, "4x2")])
+@pytest.mark.parametrize(
+    ("size", "grid"), [(4, "2x2"), pytest.param(8, "4x2", marks=pytest.mark.long)]
+)
 def test_plan_names_the_grid_that_a_start_logs(size: int, grid: str, tmp_path: Path) -> None:
     """Real ranks build the model as a worker does, and run one step."""
     model = write({**CONFIGS["qwen3_moe"], "hidden_size": 128}, tmp_path)

@@ -15,7 +15,7 @@ from tests.ranks.layers import O_PROJ, build, finish, load, made, place, referen
 
 COLUMNS, HIDDEN = 48, 20
 LIMIT = 5e-6
-pytestmark = pytest.mark.quick
+quick = pytest.mark.quick
 two_ranks = pytest.mark.parametrize("world", [2], indirect=True)
 
 
@@ -98,10 +98,16 @@ CASES: dict[int, dict[str, Case]] = {
 }
 
 
+def _marks(size: int, case: str) -> list[pytest.MarkDecorator]:
+    if size == 8 or case.startswith("tp-compiled"):
+        return [pytest.mark.long]
+    return [] if size == 3 or "compiled" in case else [quick]
+
+
 @pytest.mark.parametrize(
     ("world", "case"),
     [
-        pytest.param(size, case, id=f"{size}-{name}", marks=[pytest.mark.long] * (size == 8))
+        pytest.param(size, case, id=f"{size}-{name}", marks=_marks(size, name))
         for size, cases in CASES.items()
         for name, case in cases.items()
     ],
@@ -184,7 +190,11 @@ def _without_bias(layer: Any, output: Any, bias: Any) -> Any:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("world", list(CASES), indirect=True)
+@pytest.mark.parametrize(
+    "world",
+    [pytest.param(2, marks=quick), 3, 4, pytest.param(8, marks=pytest.mark.long)],
+    indirect=True,
+)
 def test_no_worse_than_tensor_parallel(world: World, dtype: str) -> None:
     world.run(precise, world.size, dtype)
 
@@ -261,6 +271,7 @@ def stacked() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.long
 @two_ranks
 def test_groups_created_again(world: World) -> None:
     world.run(created_again)
@@ -294,6 +305,7 @@ def created_again() -> None:
     assert files_[-1] <= files_[2] and threads[-1] <= threads[2]
 
 
+@quick
 @two_ranks
 def test_loaders(world: World) -> None:
     world.run(loaded)
@@ -321,6 +333,7 @@ def loaded() -> None:
                 layer.weight.weight_loader(layer.weight, wrong)
 
 
+@quick
 @two_ranks
 @pytest.mark.parametrize("grid", ["2x1", "1x2"])
 def test_weights_loaded_again(world: World, grid: str) -> None:
@@ -382,12 +395,14 @@ NOT_O_PROJ = [
 ]
 
 
+@quick
 @two_ranks
 @pytest.mark.parametrize("prefix", NOT_O_PROJ)
 def test_other_layers_untouched(world: World, prefix: str) -> None:
     world.run(untouched, prefix)
 
 
+@quick
 @two_ranks
 def test_a_layer_that_asks_for_no_tensor_parallelism_stays_whole(world: World) -> None:
     world.run(untouched, O_PROJ, {"disable_tp": True})
@@ -410,6 +425,7 @@ def untouched(prefix: str, options: Any = None) -> None:
         assert oproj_patch.status().layers == 0
 
 
+@quick
 @two_ranks
 def test_rows_other_than_announced(world: World) -> None:
     world.run(other_rows)
@@ -440,6 +456,7 @@ def other_rows() -> None:
     )
 
 
+@quick
 @pytest.mark.parametrize("world", [4], indirect=True)
 def test_compiled_graphs_of_each_setting_have_their_own_key(world: World) -> None:
     settings: list[tuple[int, dict[str, str]]] = [(2, {}), (4, {}), (4, {"OPROJ_GRID": "2x2"})]

@@ -105,7 +105,7 @@ def test_r1_on_eight_ranks_on_meta_tensors(graph_rows: int) -> None:
         group=group,
         plan=plan,
         wire=None,
-        gemm=lambda x, _=(): torch.nn.functional.linear(x, weight),
+        gemm=lambda x, _=(), __=None: torch.nn.functional.linear(x, weight),
     )
     layer = SimpleNamespace(oproj=shard, output_size=7168)
     group.layers["o_proj"] = layer

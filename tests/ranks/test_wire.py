@@ -21,7 +21,6 @@ from tests.ranks import layers
 from tests.ranks.launch import World
 from tests.ranks.layers import finish, made, reference, sharding, whole
 
-pytestmark = pytest.mark.quick
 four_ranks = pytest.mark.parametrize("world", [4], indirect=True)
 # Root mean square of the error, as part of the outputs', for rows of a normal distribution.
 ERRORS = {"int8": 0.010, "fp8": 0.030}
@@ -30,7 +29,7 @@ STEPS = [[3, 3, 3, 3], [0, 0, 0, 0], [5, 0, 1, 9], [40, 2, 3, 0], [17, 17, 17, 1
 
 
 @four_ranks
-@pytest.mark.parametrize("wire", ERRORS)
+@pytest.mark.parametrize("wire", ["int8", pytest.param("fp8", marks=pytest.mark.long)])
 def test_a_layer_that_does_not_quantize(world: World, wire: str) -> None:
     """Every grid: the error that the documents state, and bytes as the formula has them."""
     for grid in topology.grids(4):
@@ -355,6 +354,7 @@ REFUSED: list[tuple[str | None, str, int, str]] = [
 ]
 
 
+@pytest.mark.quick
 @four_ranks
 @pytest.mark.parametrize(("method", "wire", "columns", "told"), REFUSED)
 def test_refused_before_loading(

@@ -84,10 +84,35 @@ def test_a_refusal_ends_all_at_once() -> None:
     with ThreadPoolExecutor(3) as ranks:
         told = list(ranks.map(one, range(3)))
     assert time.monotonic() - started < 4
-    assert told[1] is refusal and ended == [1]
+    assert told[1] is refusal and ended == []
     sentence = f"rank 1 (node {socket.gethostname()}) cannot start: size 3 does not fit."
     for rank in (0, 2):
         assert (told[rank].code, told[rank].sentence) == ("OPROJ003", sentence)
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_a_rank_that_is_unaware_is_ended(refuses: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 2 does not come; it would wait in vLLM's next group for the others, which end."""
+    monkeypatch.setattr(agreement, "HEARD_SECONDS", 0.3)
+    store = torch.distributed.HashStore()
+    refusal = OprojValueError("OPROJ003", "size 3 does not fit.") if refuses else None
+    ended: list[int] = []
+
+    def one(rank: int) -> str:
+        try:
+            agreement.agree(
+                store, "key", rank, range(3), {"size": "3"}, 0.3,
+                lambda found: OprojError("OPROJ011", "2 is absent") if None in found.values()
+                else None, refusal if rank == 1 else None, lambda: ended.append(rank),
+            )  # fmt: skip
+        except OprojError as error:
+            return error.code
+        raise AssertionError("no rank may go on")
+
+    with ThreadPoolExecutor(2) as ranks:
+        told = list(ranks.map(one, range(2)))
+    assert told == ["OPROJ003" if refuses else "OPROJ011"] * 2
+    assert 1 in ended
 
 
 def test_settings_that_differ_are_named_with_their_ranks() -> None:

