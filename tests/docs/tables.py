@@ -107,13 +107,13 @@ _ENGINES = {"0.28.0": "oldest engine", INSTALLED: "engine, MTP, V4"}
 # 0.9.1 has no sparse attention, the releases after 0.11.0 no torchair.
 _ASCEND_LAYERS: Mapping[str, tuple[str, str, str]] = {
     "0.9.1": ("model", "", "torchair"),
-    "0.11.0": ("model, sparse class", "", "torchair"),
-    "0.13.0": ("model, sparse", "", ""),
-    "0.18.0": ("model, sparse", "", ""),
+    "0.11.0": ("model, sparse class, grouped query", "", "torchair"),
+    "0.13.0": ("model, sparse, grouped query", "", ""),
+    "0.18.0": ("model, sparse, grouped query", "", ""),
     "0.23.0": ("model, sparse, grouped query, TP 2, V4 layers", ", proposer", ""),
-    "0.23.0.post1": ("model, sparse", "", ""),
-    "0.26.0rc1": ("model, sparse", "", ""),
-    "0.30.0rc2": ("model, sparse, V4 layers, V4 blocks", "", ""),
+    "0.23.0.post1": ("model, sparse, grouped query", "", ""),
+    "0.26.0rc1": ("model, sparse, grouped query", "", ""),
+    "0.30.0rc2": ("model, sparse, grouped query, V4 layers, V4 blocks", "", ""),
 }
 
 

@@ -55,6 +55,7 @@ def kernels() -> None:
     type(current_platform).device_type = "cpu"
     torch_npu._npu_reshape_and_cache = lambda **_: None
     torch_npu._npu_rotary_embedding = lambda *_: None
+    torch_npu.npu_mrope = lambda _, query, key, *__, **___: (query, key)
 
 
 def quantization_kernels() -> None:
@@ -214,11 +215,13 @@ class GroupedQueryAttention:
         impl.forward = self.forward
 
     def forward(
-        self, layer: Any, query: Any, key: Any, value: Any, cache: Any, told: Any, **given: Any
-    ) -> Any:
+        self, layer: Any, query: Any, key: Any, value: Any, cache: Any, told: Any, *rest: Any,
+        **given: Any,
+    ) -> Any:  # fmt: skip
         if told is None:
-            return self.original(layer, query, key, value, cache, told, **given)
-        return given["output"].copy_(query.view_as(given["output"]))
+            return self.original(layer, query, key, value, cache, told, *rest, **given)
+        output = given["output"] if "output" in given else rest[0]  # 0.11.0 gives it by place
+        return output.copy_(query.view_as(output))
 
 
 class TorchairAttention:

@@ -108,7 +108,7 @@ def first_group(**changes: Any) -> None:
         parallel_state.init_model_parallel_group([[0]], 0, "gloo", group_name="ep").destroy()
 
 
-def tested() -> str:
+def supported() -> str:
     from oproj_patch.releases import VLLM_RELEASES  # here, because cases import the package
 
     return f"{VLLM_RELEASES[0]} to {VLLM_RELEASES[-1]}"
@@ -297,7 +297,7 @@ def missing(symbol: str) -> None:
         oproj_patch.disable()
         assert changed(before) == []
     release = f" of vllm {vllm.__version__} "
-    for part in (symbol, release, f" see {file}, ", f"vllm {tested()}", TOGGLE):
+    for part in (symbol, release, f" see {file}, ", f"vllm {supported()}", TOGGLE):
         assert part in message, (part, message)
 
 
@@ -360,7 +360,7 @@ def refused(version: str) -> None:
     before = snapshot()
     oproj_patch.enable(2)
     message = raises("OPROJ009", first_group)
-    assert f"requested vllm {tested()}, found {version};" in message, message
+    assert f"requested vllm {supported()}, found {version};" in message, message
     assert "OPROJ_PATCH_SKIP_VERSION_CHECK=1" in message and TOGGLE in message
     assert changed(before) == ["vllm.distributed.parallel_state.init_model_parallel_group"]
     oproj_patch.disable()
