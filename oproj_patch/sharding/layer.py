@@ -344,7 +344,9 @@ def settle(group: OtpGroup) -> None:
         shard = layer.oproj
         if shard.plan is not None:
             continue
-        if all(p.numel() for p in _parameters(layer).values()):  # a CPU build empties what it packs
+        # A CPU build empties or removes a weight that it packs where nobody can measure it.
+        gone = any(layer._parameters.get(name, name) is None for name in shard.cut)
+        if not gone and all(p.numel() for p in _parameters(layer).values()):
             _measure(layer)
         element, pair = layer.params_dtype.itemsize, shard.pair
         shard.wire = wire.as_loaded(layer)

@@ -17,6 +17,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import gc
 import importlib
 import os
 import pickle
@@ -457,6 +458,7 @@ def inspect_in_forks(registry: Any) -> None:
         start, end = os.pipe()
         pid = os.fork()
         if not pid:
+            gc.disable()  # it would destroy process groups, and join threads that a fork lacks
             try:
                 with open(end, "wb") as answer:
                     answer.write(pickle.dumps(function()))
