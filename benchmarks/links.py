@@ -36,6 +36,7 @@ MTU = 9000  # bytes of one packet; headers then add 1% to the payload
 BURST = "64kb"  # what a link takes at once
 CLONE_NEWNET = 0x40000000
 ROWS_LAYOUT = "rows"
+ROWS_OF_INT8 = "rows of int8"
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 
@@ -46,8 +47,10 @@ class Unavailable(Exception):
 class Contender(NamedTuple):
     """One way to run the layer.
 
-    name: ROWS_LAYOUT, `grid`, `sequential` (a grid, one part of a step after the other instead of
-        at the same time) or `builtin`, which has neither grid nor wire.
+    name: ROWS_LAYOUT, ROWS_OF_INT8 (the same for a layer that quantizes the rows that arrive, as
+        those with the wire int8 do before they send), `grid`, `sequential` (a grid, one part of a
+        step after the other instead of at the same time) or `builtin`, which has neither grid nor
+        wire.
     """
 
     name: str
@@ -64,6 +67,8 @@ def contenders(ranks: int, gemm: bool) -> list[Contender]:
 
     plain, *grids = topology.grids(ranks)
     chosen = [Contender(ROWS_LAYOUT, str(plain), "off"), Contender("builtin")]
+    if not gemm:
+        chosen.append(Contender(ROWS_OF_INT8, str(plain), "off"))
     for wire in ("off",) if gemm else ("off", "int8"):
         offered = grids if wire == "off" else [plain, *grids]
         chosen += [Contender("grid", str(grid), wire) for grid in offered]
@@ -215,6 +220,8 @@ def _ours(
             if contender.wire == "int8":
                 chunk = layer.input_size_per_partition
                 layer.oproj.wire = Wire(chunk, torch.int8, _quantize, lambda values, _: values)
+            elif contender.name == ROWS_OF_INT8:
+                _quantize_first(layer.quant_method)
             # What happens once only, such as the comparison of layers, is not measured.
             with o_proj._forward_context(config, rank, [1] * ranks):
                 layer(torch.randn(1, columns))
@@ -256,6 +263,17 @@ def _quantize(rows: Any) -> Any:
     import torch
 
     return (rows * 32).to(torch.int8), None
+
+
+def _quantize_first(method: Any) -> None:
+    """Let a quant method quantize the rows that it gets, as that of an int8 layer does."""
+    apply = method.apply
+
+    def quantized(layer: Any, x: Any, *given: Any, **named: Any) -> Any:
+        _quantize(x)
+        return apply(layer, x, *given, **named)
+
+    method.apply = quantized
 
 
 def _layer(prefix: str, columns: int, hidden: int, gemm: bool) -> Any:
