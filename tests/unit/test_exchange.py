@@ -137,7 +137,8 @@ def test_a_step_communicates_alike_whatever_a_rank_knows_alone(
     monkeypatch.setattr(exchange.diagnosis, "compare_places", lambda *_: None)
     monkeypatch.setattr(exchange, "_gather_is_right", lambda *_: True)
     seen = set()
-    for facts in itertools.product((False, True), repeat=len(fields(Local))):
+    every = itertools.product(range(3), *[(False, True)] * len(fields(Local)))
+    for rank, *facts in every:
         local = Local(*facts)
         if local.capturing and len(set(counts)) > 1:
             continue  # all ranks capture the same rows
@@ -146,14 +147,14 @@ def test_a_step_communicates_alike_whatever_a_rank_knows_alone(
             capturing=lambda local=local: local.capturing, announced=lambda _, told=announced: told
         )
         group: Any = SimpleNamespace(
-            rank=0, ranks=[0, 1, 2], size=3, counts=None, steps=5,
+            rank=rank, ranks=[0, 1, 2], size=3, counts=None, steps=5,
             settings=Settings(size=3, debug=local.debug), gathers=int(local.has_gathered),
         )  # fmt: skip
         shard = SimpleNamespace(
             group=group, plan=SMALL, host=host, name="o_proj", leads=local.leads,
             gather_verified=local.verified,
         )  # fmt: skip
-        mine = counts[0] - (local.short and not local.capturing)
+        mine = max(0, counts[rank] - (local.short and not local.capturing))
         with torch.inference_mode(local.inference):
             exchange.run(SimpleNamespace(oproj=shard), torch.zeros(mine, SMALL.columns))
         seen.add(tuple(done))
