@@ -116,7 +116,8 @@ class Local:
 
 
 @pytest.mark.parametrize(
-    ("counts", "gathers"), [((24, 24, 24), False), ((25, 30, 25), True), ((60, 3, 0), False)]
+    ("counts", "gathers"),
+    [((24, 24, 24), False), ((25, 30, 25), True), ((60, 3, 0), False), ((0, 0, 700), False)],
 )
 def test_a_step_communicates_alike_whatever_a_rank_knows_alone(
     counts: tuple[int, ...], gathers: bool, monkeypatch: pytest.MonkeyPatch
