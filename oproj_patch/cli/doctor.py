@@ -123,12 +123,13 @@ def diagnose(server: list[str]) -> dict[str, Any]:
             early.append(ascend_option.seam(wanted, version))
         for seam in (*early, *host.seams(config)):
             found.append(_look("seam", _seam, seam, str(host)))
+    told = [finding._asdict() for finding in found]
     states = {finding.state for finding in found}
     if "problem" in states:
         then = "mend what is marked problem, and run doctor again"
     elif not server:
         then = "give doctor the command line after --, to have model and layout checked too"
-    elif any((f.check, f.state) == ("command", "note") for f in found):
+    elif _left_out(told):
         then = "run doctor again where the model can be read"
     else:
         then = f"run the command with {settings.TOGGLE} set on every node"
@@ -136,7 +137,7 @@ def diagnose(server: list[str]) -> dict[str, Any]:
         "activates": not states & {"problem", "unknown"},
         "size": wanted.size,
         "versions": versions,
-        "findings": [finding._asdict() for finding in found],
+        "findings": told,
         "next": f"Next: {then}.",
     }
 
@@ -153,9 +154,14 @@ def format_report(report: dict[str, Any]) -> str:
     verdict = "would not be active here" if problem else "is not known to be active here"
     if report["activates"]:
         verdict = f"would be active here, {report['size']}-way"
-        if any((f["check"], f["state"]) == ("command", "note") for f in report["findings"]):
+        if _left_out(report["findings"]):
             verdict += ", as far as could be checked"
     return "\n".join([*lines, "", f"oproj_patch {verdict}.", report["next"]])
+
+
+def _left_out(findings: Sequence[dict[str, Any]]) -> bool:
+    """Tell whether no command was given, or its model cannot be read."""
+    return any((f["check"], f["state"]) == ("command", "note") for f in findings)
 
 
 def _look(check: str, function: Callable[..., Told], *args: Any) -> Finding:

@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +205,7 @@ class Vllm(HostPass):
         # Read from 0.9.1 to 0.33.0. vLLM only lowers these sizes later.
         if refusals.graph_mode(config) == "NONE":
             return 0
-        return max((0, *_captured(config), *_captured(config, "decoder_replay_")))
+        return max(_captured(config), default=0)
 
     def grid(self, config: Any) -> Grid:
         """Return the grid of every group: the one that was asked for, or of the fewest bytes.
@@ -286,13 +286,12 @@ class Vllm(HostPass):
 
     def agreed(self, config: Any) -> dict[str, str]:
         """Return what of the host's configuration must be equal on all ranks."""
-        sizes = sorted((*_captured(config), *_captured(config, "decoder_replay_")))
         drafted = of(config, "speculative_config.num_speculative_tokens") or 0
         self.agreed_grid = self.grid(config)
         return {
             "enforce_eager": str(bool(of(config, "model_config.enforce_eager"))),
             "cudagraph_mode": refusals.graph_mode(config),
-            "cudagraph_capture_sizes": str(sizes) if self.graph_rows(config) else "",
+            "cudagraph_capture_sizes": str(_captured(config)) if self.graph_rows(config) else "",
             "num_speculative_tokens": str(drafted),
             f"the grid of this model (set {GRID})": str(self.agreed_grid),
         }
@@ -353,9 +352,10 @@ class Vllm(HostPass):
         metrics.publish(group)
 
 
-def _captured(config: Any, kind: str = "") -> Sequence[int]:
-    """Return the row counts of graphs; DeepSeek V4.1 (0.32.0) has a second kind of them."""
-    return of(config, f"compilation_config.{kind}cudagraph_capture_sizes") or ()
+def _captured(config: Any) -> list[int]:
+    """Return the row counts of graphs, smallest first; DeepSeek V4.1 (0.32.0) has a second kind."""
+    names = "cudagraph_capture_sizes", "decoder_replay_cudagraph_capture_sizes"
+    return sorted(n for name in names for n in of(config, f"compilation_config.{name}") or ())
 
 
 def o_proj_columns(text: Any) -> int:

@@ -276,14 +276,12 @@ def _release_graphs(group: OtpGroup) -> None:
 
 def _graphs() -> weakref.WeakSet[Any]:
     """Return the CUDA graphs of this process, whoever captured them."""
-    kind = torch.cuda.CUDAGraph
-    if gc.get_freeze_count():  # vLLM hides what is alive after its start from the collector
-        gc.unfreeze()
-        try:
-            return _graphs()
-        finally:
-            gc.freeze()
-    return weakref.WeakSet(each for each in gc.get_objects() if issubclass(type(each), kind))
+    kind, frozen = torch.cuda.CUDAGraph, gc.get_freeze_count()
+    gc.unfreeze()  # vLLM hides what is alive after its start from the collector
+    found = weakref.WeakSet(each for each in gc.get_objects() if issubclass(type(each), kind))
+    if frozen:
+        gc.freeze()
+    return found
 
 
 def check_layers(group: OtpGroup, facts: Mapping[str, str]) -> None:
